@@ -1,0 +1,233 @@
+"""The autoencoder: pictures (B 3 H W) in [-1, 1] <-> latents (B C H/8 W/8), where the transformer works.
+
+A convolutional encoder halves the sides three times and predicts a mean and a log-variance for every latent cell; the decoder
+mirrors it. Rombach et al. 2022, section 3.1; SD3 widens the latent from 4 to 16 channels (Esser et al. 2024, section 5.2.1).
+Attribute names are those of the released files, under `first_stage_model.`; the released VAE has no quant convolutions.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from minisd3.attention import attention
+from minisd3.config import VAEConfig, require
+
+
+class ResnetBlock(nn.Module):
+    """Two rounds of norm, SiLU, 3x3 convolution, around a shortcut. (B C H W) -> (B C' H W)"""
+
+    def __init__(self, channels_in: int, channels_out: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, channels_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, channels_out, eps=1e-6)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        # the width of a level changes here, in its first block, and not in the resampling between levels
+        self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))  # (B C' H W)
+        h = self.conv2(F.silu(self.norm2(h)))  # (B C' H W)
+        return self.nin_shortcut(x) + h
+
+
+class AttnBlock(nn.Module):
+    """Self-attention of one head between all cells of the coarsest level. (B C H W) -> the same"""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (part(h).flatten(2).transpose(1, 2).unsqueeze(2) for part in (self.q, self.k, self.v))  # (B HW 1 C)
+        h = attention(q, k, v).transpose(1, 2).unflatten(2, x.shape[2:])  # (B C H W)
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    """Halves the sides: a 3x3 convolution of stride 2 that pads on the right and at the bottom only."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B C H/2 W/2)
+
+
+class Upsample(nn.Module):
+    """Doubles the sides: every cell four times, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B C 2H 2W)
+
+
+class Middle(nn.Module):
+    """The coarsest level: residual block, attention, residual block. (B C H W) -> the same"""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, groups)
+        self.attn_1 = AttnBlock(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, and the resampling to the next one if there is one."""
+
+    def __init__(self, channels_in: int, channels_out: int, blocks: int, groups: int) -> None:
+        super().__init__()
+        self.block = nn.Sequential(
+            *(ResnetBlock(channels_in if i == 0 else channels_out, channels_out, groups) for i in range(blocks))
+        )
+
+
+class DownLevel(Level):
+    def __init__(self, channels_in: int, channels_out: int, blocks: int, groups: int, *, last: bool) -> None:
+        super().__init__(channels_in, channels_out, blocks, groups)
+        self.downsample = nn.Identity() if last else Downsample(channels_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.downsample(self.block(x))
+
+
+class UpLevel(Level):
+    def __init__(self, channels_in: int, channels_out: int, blocks: int, groups: int, *, last: bool) -> None:
+        super().__init__(channels_in, channels_out, blocks, groups)
+        self.upsample = nn.Identity() if last else Upsample(channels_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.upsample(self.block(x))
+
+
+class Encoder(nn.Module):
+    """(B 3 H W) -> (B 2C H/8 W/8): the mean's channels, then the log-variance's."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths = [config.width * m for m in config.multipliers]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, config.width, 3, padding=1)
+        self.down = nn.Sequential(
+            *(
+                DownLevel(before, width, config.blocks, config.groups, last=i == last)
+                for i, (before, width) in enumerate(zip([config.width, *widths], widths, strict=False))
+            )
+        )
+        self.mid = Middle(widths[-1], config.groups)
+        self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        h = self.conv_in(image)  # (B width H W)
+        h = self.mid(self.down(h))  # (B 4*width H/8 W/8) with the released multipliers
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Decoder(nn.Module):
+    """(B C H/8 W/8) -> (B 3 H W). Levels are numbered from the finest, as in the released files, and run from the coarsest."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths = [config.width * m for m in config.multipliers]
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], config.groups)
+        self.up = nn.ModuleList(
+            UpLevel(before, width, config.blocks + 1, config.groups, last=i == 0)
+            for i, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
+        )
+        self.norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(latent))  # (B 4*width H/8 W/8)
+        for level in reversed(self.up):
+            h = level(h)  # doubles the sides, but for the finest level
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class VAE(nn.Module):
+    """Encoder, decoder and the numbers that bring latents to a spread near 1. See VAEConfig for the shape of it."""
+
+    def __init__(self, config: VAEConfig = VAEConfig()) -> None:  # noqa: B008 (frozen)
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """image (B 3 H W) in [-1, 1], sides multiples of 8 -> mean and log-variance, each (B C H/8 W/8), the latter in [-30, 20]."""
+        factor = self.config.factor
+        require(
+            image.ndim == 4 and image.shape[1] == 3 and image.shape[2] % factor == 0 and image.shape[3] % factor == 0,
+            f"encode takes pictures (B 3 H W) with sides that are multiples of {factor}, not {tuple(image.shape)}; crop or resize first",
+        )
+        mean, logvar = self.encoder(image).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def sample(self, mean: Tensor, logvar: Tensor, generator: Generator | None = None) -> Tensor:
+        """A latent drawn from N(mean, exp(logvar)), differentiable in both (Kingma & Welling 2014, section 2.4)."""
+        noise = torch.randn(mean.shape, generator=generator, device=generator.device if generator else mean.device)
+        return mean + (0.5 * logvar).exp() * noise.to(mean)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """latent (B C h w), not normalised -> image (B 3 8h 8w), near [-1, 1] and not clamped."""
+        channels = self.config.latent_channels
+        require(
+            latent.ndim == 4 and latent.shape[1] == channels,
+            f"decode takes latents (B {channels} h w), not {tuple(latent.shape)}",
+        )
+        return self.decoder(latent)
+
+    def decode_sliced(self, latent: Tensor) -> Tensor:
+        """decode, one picture of the batch at a time: the memory of one picture, the same numbers."""
+        return torch.cat([self.decode(one) for one in latent.split(1)])
+
+    def decode_tiled(self, latent: Tensor, *, tile: int = 64, overlap: int = 16) -> Tensor:
+        """decode in square tiles of `tile` cells that overlap and are faded into each other: bounded memory for any size.
+
+        Group norms see one tile instead of the picture, so the result differs a little from decode's.
+        """
+        require(0 <= 2 * overlap < tile, f"tile {tile} must be more than twice the overlap {overlap}")
+        h, w = latent.shape[2:]
+        factor = self.config.factor
+        picture = latent.new_zeros(len(latent), 3, h * factor, w * factor)
+        weight = latent.new_zeros(1, 1, h * factor, w * factor)
+        for top in _tile_starts(h, tile, overlap):
+            for left in _tile_starts(w, tile, overlap):
+                part = self.decode(latent[:, :, top : top + tile, left : left + tile])  # (B 3 8*tile 8*tile)
+                fade = _fade(part.shape[2], overlap * factor)[:, None] * _fade(part.shape[3], overlap * factor)
+                fade = fade.to(part)
+                rows, columns = (slice(s * factor, s * factor + n) for s, n in zip((top, left), part.shape[2:], strict=True))
+                picture[:, :, rows, columns] += part * fade
+                weight[:, :, rows, columns] += fade
+        return picture / weight
+
+    def normalize(self, latent: Tensor) -> Tensor:
+        """From the VAE's latents to the transformer's: (latent - shift) * scale."""
+        return (latent - self.config.shift) * self.config.scale
+
+    def denormalize(self, latent: Tensor) -> Tensor:
+        """From the transformer's latents to the VAE's: latent / scale + shift."""
+        return latent / self.config.scale + self.config.shift
+
+
+def _tile_starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles begin so that they cover `length` cells, the last one flush with the end."""
+    last = max(length - tile, 0)
+    return [*range(0, last, tile - overlap), last]
+
+
+def _fade(length: int, overlap: int) -> Tensor:
+    """(length,) weights that rise from near 0 over `overlap` pixels, stay at 1, and fall again."""
+    ramp = (torch.arange(length) + 0.5) / max(overlap, 0.5)
+    return torch.minimum(ramp, ramp.flip(0)).clamp(max=1)
