@@ -37,7 +37,7 @@ pip_install() {
 }
 
 python=$(find_python)
-quiet=$([ -t 1 ] || echo --quiet)
+quiet=$([ -t 1 ] || echo -qq)
 gpu=$(command -v nvidia-smi || true)
 
 if ! .venv/bin/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then

@@ -1,0 +1,70 @@
+"""The package's shape: who may import whom, where pictures are drawn, how long it may grow, and what its text may not say."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "minisd3"
+LAYERS = [
+    {"types", "config"},
+    {"attention", "flow", "weights", "scenes"},
+    {"vae", "mmdit", "text", "guidance", "sampling"},
+    {"controlnet", "training", "introspect", "evaluate"},
+    {"pipeline"},
+    {"__init__", "plots", "widgets", "__main__"},
+]
+LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
+FILES = sorted(PACKAGE.glob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a file imports anywhere in it, by full name; of `from minisd3 import flow`, minisd3.flow."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}:{node.lineno}: a relative import; write minisd3.{node.module}"
+            assert node.module is not None
+            names |= {f"minisd3.{alias.name}" for alias in node.names} if node.module == "minisd3" else {node.module}
+    return names
+
+
+def siblings(path: Path) -> set[str]:
+    """The package's own files among them; a public name of the package itself (minisd3.load) counts as __init__."""
+    parts = [name.split(".") for name in imported(path)]
+    return {p[1] if len(p) > 1 and p[1] in LAYER else "__init__" for p in parts if p[0] == "minisd3"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_file_imports_only_lower_layers(path: Path) -> None:
+    assert path.stem in LAYER, f"{path.name} has no layer; the package's files are those of LAYERS"
+    wrong = {name for name in siblings(path) if LAYER[name] >= LAYER[path.stem]}
+    assert not wrong, f"{path.name} (layer {LAYER[path.stem]}) imports {wrong}, which lie no lower"
+
+
+@pytest.mark.parametrize("name", ["flow", "guidance", "sampling"])
+def test_the_mathematics_knows_no_network(name: str) -> None:
+    assert siblings(PACKAGE / f"{name}.py") <= {"types", "config", "flow"}
+
+
+def test_pictures_are_drawn_in_two_files_only() -> None:
+    drawing = {path.stem for path in FILES if any(name.split(".")[0] == "matplotlib" for name in imported(path))}
+    assert drawing <= {"plots", "widgets"}
+
+
+def test_the_package_stays_small() -> None:
+    lines = {path.name: len(path.read_text().splitlines()) for path in FILES}
+    assert sum(lines.values()) < 3000, f"{sum(lines.values())} lines: {lines}"
+
+
+def test_no_text_names_a_place_outside_the_repository() -> None:
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    places = re.compile(rb"/work/(main|shared)|\.\./shared|file:///|/root/|/opt/pypi")
+    texts = [ROOT / name for name in tracked if name and name != "tests/test_layers.py"]
+    guilty = [str(path) for path in texts if path.is_file() and places.search(path.read_bytes())]
+    assert not guilty
