@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from itertools import combinations
 
 import numpy as np
@@ -188,6 +189,6 @@ def test_prompts_are_held_out_and_cover_the_world() -> None:
         (lambda: scene(-1), "seed is -1"),
     ],
 )
-def test_wrong_input_says_what_is_right(wrong, complaint: str) -> None:  # type: ignore[no-untyped-def]
+def test_wrong_input_says_what_is_right(wrong: Callable[[], object], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         wrong()
