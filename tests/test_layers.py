@@ -11,9 +11,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minisd3"
 LAYERS = [
     {"types", "config"},
-    {"attention", "flow", "weights", "scenes"},
+    {"attention", "flow", "formats", "scenes"},
     {"vae", "mmdit", "text", "guidance", "sampling"},
-    {"controlnet", "training", "introspect", "evaluate"},
+    {"controlnet", "introspect"},
+    {"weights"},  # builds the models of the layers below from the files that `formats` reads
+    {"training", "evaluate"},
     {"pipeline"},
     {"__init__", "plots", "widgets", "__main__"},
 ]
