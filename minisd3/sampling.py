@@ -5,6 +5,7 @@ velocity(x, t) may be a trained model under guidance or two lines of algebra. Sc
 """
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def _check(schedule: Tensor) -> None:
 def euler(velocity: Velocity, x: Tensor, schedule: Tensor) -> Iterator[Tensor]:
     """One straight step along the velocity at a time: one model call a step, error proportional to the step."""
     _check(schedule)
-    for t, t_next in zip(schedule, schedule[1:], strict=False):
+    for t, t_next in pairwise(schedule):
         x = x + (t_next - t) * velocity(x, t)
         yield x
 
@@ -35,7 +36,7 @@ def heun(velocity: Velocity, x: Tensor, schedule: Tensor) -> Iterator[Tensor]:
     The last step, to 0, is Euler's, as in Karras et al. 2022 (algorithm 1): 2 steps - 1 calls in all.
     """
     _check(schedule)
-    for t, t_next in zip(schedule, schedule[1:], strict=False):
+    for t, t_next in pairwise(schedule):
         v = velocity(x, t)
         if t_next > 0:
             v = (v + velocity(x + (t_next - t) * v, t_next)) / 2

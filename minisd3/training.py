@@ -11,20 +11,24 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 from torch.optim import AdamW, Muon
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from minisd3 import flow, scenes
+from minisd3.mmdit import MMDiT
+from minisd3.text import TextEncoders
+from minisd3.types import Conditioning
 from minisd3.vae import VAE
-from minisd3 import scenes
 
 Loss = Callable[[nn.Module, int, Generator], Tensor]  # loss(module, step, generator) -> scalar
 
@@ -162,9 +166,14 @@ def _save(run: Path, step: int, module: nn.Module, average: AveragedModel, optim
     tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in average.module.state_dict().items()}
     tensors |= {f"optimizer.{k}": v for k, v in optimizer.tensors().items()}
-    unfinished = run / "checkpoint.tmp"
-    save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, unfinished, {"step": str(step)})
-    os.replace(unfinished, run / "checkpoint.safetensors")
+    _write({k: v.detach().clone() for k, v in tensors.items()}, run / "checkpoint.safetensors", {"step": str(step)})
+
+
+def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Replace a file in one move, so that a reader or a crash never meets half of it."""
+    unfinished = path.with_suffix(".tmp")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, unfinished, metadata)
+    os.replace(unfinished, path)
 
 
 def _read(run: Path, prefix: str) -> tuple[dict[str, Tensor], int]:
@@ -190,10 +199,10 @@ def averaged(run: Path) -> dict[str, Tensor]:
 
 
 def autocast(device: torch.device | str = "cpu") -> torch.autocast:
-    """bf16 where the processor computes in it, else no change."""
+    """bf16 where the processor is made for it (a GPU, or a CPU with AMX), else no change."""
     kind = torch.device(device).type
-    able = torch.cuda.is_bf16_supported() if kind == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.autocast(kind, dtype=torch.bfloat16, enabled=bool(able))
+    able = torch.cuda.is_bf16_supported() if kind == "cuda" else "AMX" in torch.backends.cpu.get_cpu_capability()
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=able)
 
 
 # --- the VAE ---------------------------------------------------------------------------------------------------------------------
@@ -231,6 +240,13 @@ def train_vae(vae: VAE, run: Path, *, steps: int, batch: int = 16, lr: float = 2
     return fit(vae, loss, run, steps=steps, lr=lr, seed=seed)
 
 
+def batched(items: Iterable[int], n: int) -> Iterator[list[int]]:
+    """Lists of n items, the last one maybe shorter."""
+    every = iter(items)
+    while chunk := list(islice(every, n)):
+        yield chunk
+
+
 def random_seeds(n: int, generator: Generator) -> list[int]:
     """n seeds of training scenes."""
     return torch.randint(scenes.HELD_OUT, (n,), generator=generator).tolist()
@@ -240,3 +256,60 @@ def random_crops(image: Tensor, size: int, generator: Generator) -> Tensor:
     """A random square of each picture: (B 3 H W) -> (B 3 size size)."""
     tops, lefts = (torch.randint(side - size + 1, (len(image),), generator=generator).tolist() for side in image.shape[2:])
     return torch.stack([x[:, i : i + size, j : j + size] for x, i, j in zip(image, tops, lefts, strict=True)])
+
+
+# --- the transformer -------------------------------------------------------------------------------------------------------------
+
+
+def prepare_latents(vae: VAE, folder: Path, seeds: Iterable[int], *, shard: int = 1000) -> Iterator[Path]:
+    """Encode scenes once: shards of normalised latents (n C h w) in fp16 with their seeds, written atomically; finished ones are kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for chunk in batched(seeds, shard):
+        path = folder / f"{chunk[0]:09d}.safetensors"
+        if not path.exists():
+            with torch.no_grad():
+                latents = [vae.normalize(vae.encode(scenes.pictures(part))[0]) for part in batched(chunk, 50)]
+            _write({"latents": torch.cat(latents).half(), "seeds": torch.tensor(chunk)}, path)
+        yield path
+
+
+def load_latents(folder: Path) -> tuple[Tensor, list[int]]:
+    """All shards of a folder: latents (n C h w) in fp16, and the seeds of their scenes."""
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise FileNotFoundError(f"{folder} holds no prepared latents; make them with `python -m minisd3 train mmdit`, or prepare_latents")
+    shards = [load_file(path) for path in paths]
+    return torch.cat([s["latents"] for s in shards]), torch.cat([s["seeds"] for s in shards]).tolist()
+
+
+def flow_loss(mmdit: MMDiT, x0: Tensor, cond: Conditioning, generator: Generator) -> Tensor:
+    """Mean squared error of the velocity at logit-normal times (Esser et al. 2024, eq. 14 and section 3.1)."""
+    t = flow.logit_normal(len(x0), generator=generator).to(x0.device)
+    noise = torch.randn(x0.shape, generator=generator).to(x0)
+    with autocast(x0.device):
+        v = mmdit(flow.interpolate(x0, noise, t), t, *cond)
+    return F.mse_loss(v.float(), flow.velocity(x0, noise))
+
+
+def drop_prompts(prompts: list[str], generator: Generator, rate: float = 0.1) -> list[str]:
+    """Some prompts made empty, so that the model also learns the unconditional velocity that CFG needs (Ho & Salimans 2022)."""
+    dropped = (torch.rand(len(prompts), generator=generator) < rate).tolist()
+    return ["" if drop else prompt for prompt, drop in zip(prompts, dropped, strict=True)]
+
+
+def train_mmdit(
+    mmdit: MMDiT, text: TextEncoders, latents: Tensor, seeds: list[int], run: Path, *, steps: int, batch: int = 64, lr: float = 1e-3,
+    seed: int = 0,
+) -> Iterator[Progress]:
+    """Train on prepared latents (n C h w) of the scenes with these seeds; a caption is phrased anew each time it is drawn."""
+    drawn = [scenes.scene(s) for s in seeds]
+
+    def loss(module: nn.Module, step: int, generator: Generator) -> Tensor:
+        assert isinstance(module, MMDiT)
+        index = torch.randint(len(drawn), (batch,), generator=generator)
+        manner = torch.randint(scenes.PHRASINGS, (batch,), generator=generator)
+        prompts = [drawn[i].caption(m) for i, m in zip(index.tolist(), manner.tolist(), strict=True)]
+        cond = text.encode(drop_prompts(prompts, generator))
+        return flow_loss(module, latents[index].float(), cond, generator)
+
+    return fit(mmdit, loss, run, steps=steps, lr=lr, seed=seed)
