@@ -12,7 +12,7 @@ fail() {
 }
 
 find_python() {
-    for python in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+    for python in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11}; do
         if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
             echo "$python"
             return
