@@ -59,7 +59,7 @@ def read_header(path: str | Path) -> dict[str, Entry]:
         header, start = _header(file)
         for name, tensor in header.items():
             if tensor["dtype"] not in DTYPES:
-                raise WeightsError(f"{file}: {name} is stored as {tensor['dtype']}; only {_some(DTYPES, 12)} can be read")
+                raise WeightsError(f"{file}: {name} is stored as {tensor['dtype']}; only {some(DTYPES, 12)} can be read")
             entries[name] = Entry(tensor["dtype"], tuple(tensor["shape"]), file, start + tensor["data_offsets"][0])
     return entries
 
@@ -98,7 +98,7 @@ def _files(path: Path) -> list[Path]:
         shards = {path / name for name in json.loads(indexes[0].read_text())["weight_map"].values()}
         missing = sorted(shard.name for shard in shards if not shard.is_file())
         if missing:
-            raise WeightsError(f"{path} lacks {_some(missing)}, named in its {indexes[0].name}; fetch the missing files")
+            raise WeightsError(f"{path} lacks {some(missing)}, named in its {indexes[0].name}; fetch the missing files")
         return sorted(shards)
     files = sorted(path.glob("*.safetensors"), key=lambda file: len(file.name))
     if not files or not all(file.name.startswith(files[0].stem) for file in files):  # not one model, perhaps in variants (.fp16)
@@ -109,14 +109,25 @@ def _files(path: Path) -> list[Path]:
 def _holds(folder: Path) -> str:
     if not folder.is_dir():
         return f"nor does the folder {folder}"
-    return f"{folder} holds {_some(sorted(entry.name for entry in folder.iterdir()))}"
+    return f"{folder} holds {some(sorted(entry.name for entry in folder.iterdir()))}"
 
 
-def _some(names: Iterable[str], most: int = 10) -> str:
+def some(names: Iterable[str], most: int = 10) -> str:
     """At most ten of them, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(names[:most]) or "nothing") + more
+
+
+def compare(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:
+    """In words, which names are missing, unexpected or wrongly shaped, at most ten of each; empty if all is well."""
+    both = sorted(found.keys() & wanted.keys())
+    troubles = {
+        "missing": sorted(wanted.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - wanted.keys()),
+        "wrongly shaped": [f"{name} is {found[name]}, not {wanted[name]}" for name in both if found[name] != wanted[name]],
+    }
+    return "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in troubles.items() if names)
 
 
 def _checked(file: Path) -> Any:
@@ -375,7 +386,7 @@ def find_parts(header: Mapping[str, Entry]) -> list[Part]:
 
 def _part(prefix: str, group: dict[str, Entry]) -> Part:
     names = {name.removeprefix(prefix): name for name in group}
-    unknown = f"model that is not known here (its names begin with {_some(sorted(names), 3)})", None
+    unknown = f"model that is not known here (its names begin with {some(sorted(names), 3)})", None
     kind, layout = next(((kind, layout) for pattern, kind, layout in _KINDS if any(re.search(pattern, n) for n in names)), unknown)
     if layout == "diffusers":
         found = from_diffusers(kind, names)
