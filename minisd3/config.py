@@ -145,13 +145,16 @@ class TextConfig:
     t5: T5Config = T5Config()
     clip_length: int = 77  # tokens of each CLIP, start and end tokens included
     t5_length: int = 77  # diffusers takes 256
-    t5_characters: int = 226  # the released code cuts T5's text here, before it tokenises
+    t5_characters: int | None = 226  # the released code cuts T5's text here, before it tokenises; diffusers: None
+    t5_limit: int | None = None  # most tokens that T5 may have; the released code sets no limit, diffusers t5_length
+    without_t5: Literal["omit", "zeros"] = "omit"  # in place of T5's tokens if there is no T5: nothing (ComfyUI), zeros (diffusers)
 
     def __post_init__(self) -> None:
         require(
             self.clip_l.width + self.clip_g.width <= self.t5.width,
             f"TextConfig: the two CLIPs side by side are {self.clip_l.width} + {self.clip_g.width} wide, more than T5's {self.t5.width}",
         )
+        require(self.without_t5 in ("omit", "zeros"), f"TextConfig.without_t5 is {self.without_t5!r}; choose 'omit' or 'zeros'")
 
     @property
     def context_dim(self) -> int:
@@ -193,6 +196,7 @@ class Preset:
     shift: float = 3.0
     slg: SkipLayers | None = None
     slg_cfg: float | None = None  # the CFG scale to use together with slg, where it differs
+    with_control: tuple[int, float, SamplerName] | None = (60, 3.5, "euler")  # steps, cfg and sampler with a ControlNet, where they differ
     size: tuple[int, int] = field(default=(1024, 1024))  # height, width in pixels
 
     @property
@@ -215,7 +219,8 @@ PRESETS: dict[str, Preset] = {
             clip_length=20, t5_length=20,
         ),
         controlnet=ControlNetConfig(depth=3, num_heads=6, head_dim=32, pooled_dim=224),
-        steps=20, cfg=4.0, sampler="dpmpp_2m", shift=1.0, slg=SkipLayers((3,), 1.5, 0.01, 0.5), size=(128, 128),
+        steps=20, cfg=4.0, sampler="dpmpp_2m", shift=1.0, slg=SkipLayers((3,), 1.5, 0.01, 0.5), with_control=None,
+        size=(128, 128),
     ),
     "sd3-medium": Preset(mmdit=MMDiTConfig(depth=24)),
     "sd3.5-medium": Preset(

@@ -107,7 +107,7 @@ def test_a_word_that_does_not_fit_ends_the_sequence_unless_it_is_long() -> None:
 
 def test_clip_stops_at_a_word(encoders: TextEncoders) -> None:
     read = row(encoders, "clip_l", "a red fish to the right of a green elephant on the sand")  # 9 words, and room for 10 tokens
-    assert read.pieces[1:-2] == [f"{word}</w>" for word in "a red fish to the right of a green".split()]
+    assert "".join(read.pieces[1:-2]).split("</w>") == ["a", "red", "fish", "to", "the", "right", "of", "a", "green", ""]
     assert read.ids[-2:] == [END, END] and read.pads == [False] * 11 + [True]
     assert read.cut == ["elephant", "on", "the", "sand"]
 
