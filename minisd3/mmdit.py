@@ -177,7 +177,26 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 # --- blocks -----------------------------------------------------------------------------------------------------------------------
 
 
-class Block(nn.Module):
+class BlockInput(nn.Module):
+    """How every block begins: a modulated norm, then queries, keys and values."""
+
+    modulations: int
+
+    def __init__(self, config: MMDiTConfig, attn: AttentionInput) -> None:
+        super().__init__()
+        self.norm1 = norm(config.block_norm, config.hidden_size, affine=False)
+        self.attn = attn
+        self.adaLN_modulation = (ScaleModulation if config.scale_mod_only else Modulation)(config.hidden_size, self.modulations)
+
+    def modulation(self, c: Tensor) -> tuple[Tensor, ...]:
+        """c (B D) -> shift, scale, gate, shift, scale, gate, ... (B 1 D), in the order of the released files."""
+        return self.adaLN_modulation(c)
+
+    def pre_attention(self, x: Tensor, m: tuple[Tensor, ...]) -> QKV:
+        return self.attn.project(modulate(self.norm1(x), m[0], m[1]))
+
+
+class Block(BlockInput):
     """A transformer block of one stream with 6 modulations: shift, scale, gate for the attention, then for the MLP.
 
     Cut into three methods so that two streams can meet between pre_attention and post_attention. Its own `forward` attends to
@@ -185,22 +204,13 @@ class Block(nn.Module):
     """
 
     modulations = 6
+    attn: SelfAttention
 
     def __init__(self, config: MMDiTConfig) -> None:
-        super().__init__()
         width = config.hidden_size
-        self.norm1 = norm(config.block_norm, width, affine=False)
-        self.attn = SelfAttention(width, config.num_heads, config.qk_norm)
+        super().__init__(config, SelfAttention(width, config.num_heads, config.qk_norm))
         self.norm2 = norm(config.block_norm, width, affine=False)
         self.mlp = {"gelu": MLP, "swiglu": SwiGLU}[config.mlp](width, int(width * config.mlp_ratio))
-        self.adaLN_modulation = (ScaleModulation if config.scale_mod_only else Modulation)(width, self.modulations)
-
-    def modulation(self, c: Tensor) -> tuple[Tensor, ...]:
-        """c (B D) -> shift, scale, gate, shift, scale, gate (B 1 D), in the order of the released files."""
-        return self.adaLN_modulation(c)
-
-    def pre_attention(self, x: Tensor, m: tuple[Tensor, ...]) -> QKV:
-        return self.attn.project(modulate(self.norm1(x), m[0], m[1]))
 
     def post_attention(self, x: Tensor, attended: Tensor, m: tuple[Tensor, ...]) -> Tensor:
         return self.feed_forward(x + m[2] * self.attn.proj(attended), m)
@@ -232,17 +242,13 @@ class DualAttentionBlock(Block):
         return self.feed_forward(x + joint + own, m)
 
 
-class FinalContextBlock(nn.Module):
+class FinalContextBlock(BlockInput):
     """The text's side of the last block with 2 modulations: nothing reads the text afterwards, so it only gives keys and values."""
 
-    def __init__(self, config: MMDiTConfig) -> None:
-        super().__init__()
-        width = config.hidden_size
-        self.norm1 = norm(config.block_norm, width, affine=False)
-        self.attn = AttentionInput(width, config.num_heads, config.qk_norm)
-        self.adaLN_modulation = (ScaleModulation if config.scale_mod_only else Modulation)(width, 2)
+    modulations = 2
 
-    modulation, pre_attention = Block.modulation, Block.pre_attention
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__(config, AttentionInput(config.hidden_size, config.num_heads, config.qk_norm))
 
     def post_attention(self, x: Tensor, attended: Tensor, m: tuple[Tensor, ...]) -> Tensor:
         return x  # the text is left as it is, and never read again
@@ -337,23 +343,32 @@ class MMDiT(nn.Module):
         return self.final(stream, x)
 
     def forward_branched(
-        self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, *, skip_layers: Collection[int], rows: int
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor,
+        pooled: Tensor,
+        *,
+        skip_layers: Collection[int],
+        rows: int,
+        control: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The velocity of the batch, and that of its first `rows` samples without skip_layers.
 
         Up to the first skipped block the two are the same, and computed once; from there on the copies join the batch, and only
-        the originals go through the skipped blocks.
+        the originals go through the skipped blocks. `control` is added to the originals only, so with it the copies join at once.
         """
-        fork = min(skip_layers)
+        fork = min(skip_layers) if control is None else 0
         stream = self.run(self.embed(x, t, context, pooled), range(fork))
         originals = len(x)
         stream = Stream(*(torch.cat([part, part[:rows]]) for part in stream))
+        to_all = None if control is None else [F.pad(residual, (0, 0, 0, 0, 0, rows)) for residual in control]  # zeros for the copies
         for i in range(fork, self.config.depth):
             if i in skip_layers:
-                through = self.run(Stream(*(part[:originals] for part in stream)), [i])
+                through = self.run(Stream(*(part[:originals] for part in stream)), [i], control=control)
                 stream = Stream(*(torch.cat([new, old[originals:]]) for new, old in zip(through, stream, strict=True)))
             else:
-                stream = self.run(stream, [i])
+                stream = self.run(stream, [i], control=to_all)
         v = self.final(stream, torch.cat([x, x[:rows]]))
         return v[:originals], v[originals:]
 
