@@ -42,7 +42,14 @@ def classifier_free(
 
 
 def skip_layer(
-    model: Any, cond: Conditioning, uncond: Conditioning, scale: float, slg: SkipLayers, schedule: Tensor
+    model: Any,
+    cond: Conditioning,
+    uncond: Conditioning,
+    scale: float,
+    slg: SkipLayers,
+    schedule: Tensor,
+    *,
+    interval: tuple[float, float] = (0.0, 1.0),
 ) -> Velocity:
     """Classifier-free guidance, and away from what the model would draw without some of its blocks: + slg.scale (v_cond - v_skipped).
 
@@ -50,23 +57,34 @@ def skip_layer(
     It acts at step i when slg.start * steps < i < slg.end * steps. Here the window is the range of times of those steps, so that it
     holds for samplers that look between steps. `schedule` is the full one, also when sampling starts in its middle.
     """
-    plain = classifier_free(model, cond, uncond, scale)
+    plain = classifier_free(model, cond, uncond, scale, interval=interval)
     steps = len(schedule) - 1
     times = [float(schedule[i]) for i in range(steps) if slg.start * steps < i < slg.end * steps]
     if not times or slg.scale == 0:
         return plain
-    guided = scale != 1
-    batch = _join(cond, uncond) if guided else cond
+    low, high = interval if scale != 1 else (2.0, -1.0)  # scale 1: at no time
+    both = _join(cond, uncond) if scale != 1 else cond
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        if not min(times) <= float(t.max()) <= max(times):
+        now = float(t.max())
+        if not min(times) <= now <= max(times):
             return plain(x, t)
-        xs, ts = (torch.cat([x, x]), _twice(t)) if guided else (x, t)
+        guided = low <= now <= high
+        xs, ts, batch = (torch.cat([x, x]), _twice(t), both) if guided else (x, t, cond)
         v, v_skipped = model.forward_branched(xs, ts, *batch, skip_layers=slg.layers, rows=len(x))
         v_cond, v_uncond = v.chunk(2) if guided else (v, v)
         return v_uncond + scale * (v_cond - v_uncond) + slg.scale * (v_cond - v_skipped)
 
     return velocity
+
+
+def inpaint(velocity: Velocity, known: Tensor, mask: Tensor) -> Velocity:
+    """Draw only where mask (B 1 H W) is 1; where it is 0, head straight for the known latents (B C H W) from wherever x is.
+
+    That road reaches every later t at (1 - t) known + t noise, so any sampler has the known part noised to the t of each state, without
+    a hand in its loop.
+    """
+    return lambda x, t: mask * velocity(x, t) + (1 - mask) * (x - known) / t.to(x).view(-1, 1, 1, 1)
 
 
 def _join(cond: Conditioning, uncond: Conditioning) -> Conditioning:
