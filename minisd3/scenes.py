@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .config import require
+from minisd3.config import require
 
 RGB = tuple[int, int, int]
 

@@ -13,11 +13,11 @@ LAYERS = [
     {"types", "config"},
     {"attention", "flow", "formats", "scenes"},
     {"vae", "mmdit", "text", "guidance", "sampling"},
-    {"controlnet", "introspect"},
-    {"weights"},  # builds the models of the layers below from the files that `formats` reads
-    {"training", "evaluate"},
+    {"controlnet", "training", "introspect", "evaluate"},
+    {"weights"},
     {"pipeline"},
-    {"__init__", "plots", "widgets", "__main__"},
+    {"__init__", "plots", "widgets"},
+    {"__main__"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 FILES = sorted(PACKAGE.glob("*.py"))
