@@ -16,7 +16,7 @@ test: .venv/ready-test ## run every test, the notebooks' cells and the browser t
 	$(PY) -m pytest $(NBVAL) $(or $(ARGS),tests notebooks)
 
 image: .venv/ready ## draw one picture: make image PROMPT="a red house beside a tree"
-	$(PY) -m minisd3 generate "$$PROMPT" $(ARGS)
+	$(PY) -m minisd3 generate $(if $(PROMPT),"$$PROMPT") $(ARGS)
 
 train: .venv/ready ## train the small family from nothing
 	$(PY) -m minisd3 train $(ARGS)
