@@ -318,7 +318,7 @@ def _warn_of_cuts(prompt: str | Prompts, tokens: Tokens) -> None:
     names = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
     cut = [f"{names[name]} leaves out {' '.join(row.cut)!r}" for name, row in tokens._asdict().items() if row and row.cut]
     if cut:
-        warnings.warn(f"the prompt {prompt!r} is too long: {'; '.join(cut)}", TruncationWarning, stacklevel=3)
+        warnings.warn(f"the prompt {prompt!r} is too long: {'; '.join(cut)}", TruncationWarning, stacklevel=4)  # the caller of encode, past no_grad
 
 
 def _ids(tokenizer: CLIPTokenizer | T5Tokenizer, every: list[str]) -> list[list[int]]:
