@@ -95,11 +95,11 @@ def reference(net: ControlNet, blocks: range) -> Callable[..., Any]:
     from diffusers import SD3ControlNetModel
 
     c = net.config
-    model = SD3ControlNetModel(
+    model: Any = SD3ControlNetModel(
         sample_size=8, in_channels=c.in_channels, num_layers=len(blocks), attention_head_dim=c.head_dim,
         num_attention_heads=c.num_heads, joint_attention_dim=None, pooled_projection_dim=c.pooled_dim,
         use_pos_embed=c.form == "2b", pos_embed_type=None,
-    ).eval()  # fmt: skip
+    )  # fmt: skip
     model.load_state_dict(diffusers_weights(net, blocks))
     return model
 
@@ -156,31 +156,32 @@ def test_a_scalar_time_and_one_hint_serve_the_whole_batch(base: MMDiT):
 def test_from_base_copies_what_fits():
     base = random(MMDiT(replace(BASE, qk_norm="rms", dual_attention_layers=(0,))), 1)
     net = ControlNet.from_base(base, EIGHT, "canny")
-    block, source = net.transformer_blocks[0], base.joint_blocks[0].x_block
-    assert torch.equal(block.attn.qkv.weight, source.attn.qkv.weight) and torch.equal(block.mlp.fc2.bias, source.mlp.fc2.bias)
-    assert torch.equal(block.adaLN_modulation[1].weight, source.adaLN_modulation[1].weight[: 6 * 32])
-    assert torch.equal(net.time_text_embed.text_embedder.linear_1.weight, base.y_embedder.mlp[0].weight)
-    assert net.kind == "canny" and int(net.control_type) == PLAIN_CANNY
+    copied = {"transformer_blocks.1.attn.qkv.weight": "joint_blocks.1.x_block.attn.qkv.weight",
+              "transformer_blocks.0.mlp.fc2.bias": "joint_blocks.0.x_block.mlp.fc2.bias",
+              "time_text_embed.timestep_embedder.linear_2.weight": "t_embedder.mlp.2.weight",
+              "time_text_embed.text_embedder.linear_1.weight": "y_embedder.mlp.0.weight"}  # fmt: skip
+    for own, its in copied.items():
+        assert torch.equal(net.get_parameter(own), base.get_parameter(its)), own
+    nine = base.get_parameter("joint_blocks.0.x_block.adaLN_modulation.1.weight")
+    assert torch.equal(net.get_parameter("transformer_blocks.0.adaLN_modulation.1.weight"), nine[: 6 * 32])
+    assert net.kind == "canny" and net.control_type is not None and int(net.control_type) == PLAIN_CANNY
     plain = random(MMDiT(BASE), 1)  # without QK norm and second attention, a ControlNet's block starts as the base's, alone
-    net, x, c = ControlNet.from_base(plain, TWO, "depth"), torch.randn(2, 24, 32), torch.randn(2, 32)
-    assert torch.equal(net.transformer_blocks[1](x, c), plain.joint_blocks[1].x_block(x, c))
-    assert torch.equal(net.pos_embed.proj.weight, plain.x_embedder.proj.weight)
+    net, x, c = ControlNet.from_base(plain, TWO, "depth"), hint().view(1, 12, 32), hint().flatten()[None, :32]
+    assert torch.equal(net.transformer_blocks[1](x, c), plain.get_submodule("joint_blocks.1.x_block")(x, c))
+    assert torch.equal(net.get_parameter("pos_embed.proj.weight"), plain.x_embedder.proj.weight)
     assert ControlNet.from_base(base.bfloat16(), EIGHT, "blur").pos_embed_input.proj.weight.dtype == torch.bfloat16
 
 
 def test_training_wakes_the_zero_maps_one_after_the_other(base: MMDiT):
     net, given = ControlNet.from_base(base, EIGHT, "depth"), inputs()
-    with torch.enable_grad():
-        for step in range(2):
-            net.zero_grad()
+    outlet, inlet = net.get_parameter("controlnet_blocks.1.weight"), net.get_parameter("pos_embed_input.proj.weight")
+    for step in range(2):
+        with torch.enable_grad():
             residuals = net(base, given["x"], hint(), given["t"], given["pooled"])
-            base(**given, control=residuals).square().mean().backward()
-            assert net.controlnet_blocks[1].weight.grad.abs().sum() > 0
-            assert (net.pos_embed_input.proj.weight.grad.abs().sum() > 0) == (step == 1)
-            with torch.no_grad():
-                for p in net.parameters():
-                    p -= 0.1 * p.grad
-    base.zero_grad(set_to_none=True)
+            gradients = torch.autograd.grad(base(**given, control=residuals).square().mean(), [outlet, inlet])
+        assert gradients[0].abs().sum() > 0 and (gradients[1].abs().sum() > 0) == (step == 1)
+        for weight, gradient in zip((outlet, inlet), gradients, strict=True):
+            weight.sub_(0.1 * gradient)
     assert not torch.equal(controlled(base, [Control(net, hint())])(**given), base(**given))
 
 
