@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from math import isqrt, prod
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -145,12 +144,12 @@ def load_mmdit(path: str | Path, *, device: Device = None, dtype: torch.dtype | 
     dtype None keeps the file's (that of most of its numbers; fp8 becomes bf16). Fields of MMDiTConfig given by name override what
     the header says; block_norm and dual_attention_dropout leave no trace in it. Raises WeightsError.
     """
-    return _build(MMDiT, *_find(Path(path), MMDiT), device, dtype, config)
+    return _build(MMDiT, *_find(Path(path), MMDiT), device, dtype, config, {})
 
 
 def load_vae(path: str | Path, *, device: Device = None, dtype: torch.dtype | None = None, **config: Any) -> VAE:
     """The autoencoder, as load_mmdit loads the transformer. groups, scale and shift leave no trace in shapes (see VAEConfig)."""
-    return _build(VAE, *_find(Path(path), VAE), device, dtype, config)
+    return _build(VAE, *_find(Path(path), VAE), device, dtype, config, {})
 
 
 def load_controlnet(
@@ -161,36 +160,36 @@ def load_controlnet(
     control_type: 0 blur, 1 canny, 2 depth; only needed where the file does not say, as in diffusers' layout.
     """
     file, part = _find(Path(path), ControlNet)
-    used = {
-        name: source for name, source in part.sources.items() if not name.startswith("context_embedder.")
-    }  # some 8B files have one
-    typed = "pos_embed.proj.weight" not in used  # form 2b has no place for it
-    if typed and control_type is None and "control_type" not in used:
+    used = {name: source for name, source in part.sources.items() if not name.startswith("context_embedder.")}  # read by nothing
+    if control_type is None and not used.keys() & {"control_type", "pos_embed.proj.weight"}:  # form 2b has no control_type
         control_type = _noted(file, part).get("control_type")
-        choices = ", ".join(f"{number} ({name})" for number, name in enumerate(KINDS[:3]))
         if control_type is None:
+            choices = ", ".join(f"{number} ({name})" for number, name in enumerate(KINDS[:3]))
             raise WeightsError(f"{file} does not say which hints its ControlNet takes; pass control_type: {choices}")
-    given = {}
-    if typed and control_type is not None:
-        used.pop("control_type", None)
-        given["control_type"] = torch.tensor([control_type], dtype=torch.int32, device=device)
-    return _build(ControlNet, file, replace(part, sources=used), device, dtype, config, given)
+    extra = {} if control_type is None else {"control_type": torch.tensor([control_type], dtype=torch.int32, device=device)}
+    part = replace(part, sources={name: source for name, source in used.items() if name not in extra})
+    return _build(ControlNet, file, part, device, dtype, config, extra)
 
 
 def _build(
-    cls: type[Model], path: Path, part: Part, device: Device, dtype: torch.dtype | None, given: dict[str, Any],
-    extra: Mapping[str, Tensor] = MappingProxyType({}),
-) -> Model:  # fmt: skip
+    cls: type[Model],
+    path: Path,
+    part: Part,
+    device: Device,
+    dtype: torch.dtype | None,
+    given: dict[str, Any],
+    extra: dict[str, Tensor],
+) -> Model:
     """The model of this part, with `extra` tensors that the part lacks."""
     config = _config(path, part, given)
     with torch.device("meta"):
         model = cls(config)
-    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in extra}
-    if wrong := formats.compare(part.shapes, wanted):
+    found = part.shapes | {name: tuple(t.shape) for name, t in extra.items()}
+    if wrong := formats.compare(found, {name: tuple(t.shape) for name, t in model.state_dict().items()}):
         near = _nearest(config)
         raise WeightsError(f"{path} is not a whole {part.kind} (nearest preset {near}): {wrong}; fetch it again")
     tensors = dict(part.read(device=device, dtype=dtype or _main_dtype(part)))
-    model.load_state_dict({**tensors, **extra}, strict=True, assign=True)
+    model.load_state_dict(tensors | extra, strict=True, assign=True)
     return model.eval()
 
 
