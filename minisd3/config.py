@@ -211,7 +211,7 @@ PRESETS: dict[str, Preset] = {
     "tiny": Preset(
         mmdit=MMDiTConfig(depth=6, head_dim=32, pos_embed_max_size=24, context_dim=256, pooled_dim=224, qk_norm="rms",
                           dual_attention_layers=(0, 1, 2)),
-        vae=VAEConfig(width=16, multipliers=(1, 2, 4, 8), blocks=1, groups=8),
+        vae=VAEConfig(width=16, multipliers=(1, 2, 4, 8), blocks=1, groups=8, scale=0.5214, shift=-0.005),  # measured
         text=TextConfig(
             clip_l=CLIPConfig(96, 3, 3, "quick_gelu", "eos", project=False, vocab=1024),
             clip_g=CLIPConfig(128, 4, 4, "gelu", "zero", project=True, vocab=1024),

@@ -1,0 +1,178 @@
+"""Training: the loop resumes to the bit after any end, and each loss is its formula."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Generator, Tensor, nn
+
+from minisd3 import flow
+from minisd3.config import MMDiTConfig, VAEConfig
+from minisd3.mmdit import MMDiT
+from minisd3.training import (
+    Optimizer, averaged, batched, drop_prompts, fit, flow_loss, kl_divergence, load_latents, prepare_latents, random_crops,
+    step_generator, trapezoid,
+)  # fmt: skip
+from minisd3.types import Conditioning
+from minisd3.vae import VAE
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Flatten(), nn.Linear(8 * 4 * 4, 5))
+
+
+def noisy_loss(module: nn.Module, step: int, generator: Generator) -> Tensor:
+    x = torch.randn(4, 3, 6, 6, generator=generator)
+    return (module(x) - x.flatten(1)[:, :5]).square().mean()
+
+
+def train(run: Path, steps: int, stop: int | None = None) -> nn.Module:
+    module = net()
+    for progress in fit(module, noisy_loss, run, steps=steps, lr=1e-2, save_every=3):
+        if progress.step == stop:
+            break
+    return module
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_a_stopped_run_resumes_to_the_bit(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", 12)
+    train(tmp_path / "halves", 12, stop=5)
+    halves = train(tmp_path / "halves", 12)
+    assert equal(whole, halves)
+    a, b = averaged(tmp_path / "whole"), averaged(tmp_path / "halves")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_training import fit, net, noisy_loss
+for progress in fit(net(), noisy_loss, Path(sys.argv[1]), steps=12, lr=1e-2, save_every=3):
+    print(progress.step, flush=True)
+    time.sleep(0.05 if progress.step < 7 else 60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_resumes_to_the_bit(tmp_path: Path, number: signal.Signals) -> None:
+    code = KILLED.format(tests=str(Path(__file__).parent))
+    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.strip() == "7":
+            break
+    os.kill(child.pid, number)
+    if number == signal.SIGINT:  # noted, the loop ends after the step it is in: the sleep of 60 s is cut short by a second Ctrl-C
+        time.sleep(0.2)
+        os.kill(child.pid, number)
+    child.wait(timeout=30)
+    child.stdout.close()
+    resumed = train(tmp_path / "run", 12)
+    assert equal(resumed, train(tmp_path / "whole", 12))
+
+
+def test_ctrl_c_ends_the_loop_after_the_step_and_saves(tmp_path: Path) -> None:
+    steps = []
+    for progress in fit(net(), noisy_loss, tmp_path, steps=100, lr=1e-2, save_every=50):
+        steps.append(progress.step)
+        if progress.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+    assert steps == [1, 2, 3, 4]
+    assert next(fit(net(), noisy_loss, tmp_path, steps=100, lr=1e-2)).step == 5
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    def bad(module: nn.Module, step: int, generator: Generator) -> Tensor:
+        return noisy_loss(module, step, generator) * (math.inf if step == 4 else 1)
+
+    with pytest.raises(FloatingPointError, match="step 5"):
+        list(fit(net(), bad, tmp_path, steps=10, lr=1e-2, save_every=3))
+    assert next(fit(net(), noisy_loss, tmp_path, steps=10, lr=1e-2)).step == 4
+
+
+def test_the_moving_average_is_one(tmp_path: Path) -> None:
+    states = []
+    module = net()
+    for _ in fit(module, noisy_loss, tmp_path, steps=4, lr=1e-2, ema=0.9):
+        states.append(module[0].weight.detach().clone())
+    expected = states[0]
+    for state in states[1:]:
+        expected = 0.9 * expected + 0.1 * state
+    torch.testing.assert_close(averaged(tmp_path)["0.weight"], expected)
+
+
+def test_muon_takes_the_hidden_matrices_and_adamw_the_rest() -> None:
+    mmdit = MMDiT(MMDiTConfig(depth=2, head_dim=8, pos_embed_max_size=8, context_dim=12, pooled_dim=6))
+    hidden = {id(p) for p in Optimizer(mmdit, 1e-3).hidden}
+    names = {n for n, p in mmdit.named_parameters() if id(p) in hidden}
+    assert names == {n for n, p in mmdit.named_parameters() if n.endswith(".weight") and ("attn" in n or "mlp.fc" in n)}
+
+
+def test_learning_rate_rises_stays_and_falls() -> None:
+    factors = [trapezoid(step, 1000) for step in range(1000)]
+    assert factors[0] == 0.01
+    assert factors[99:800] == [1.0] * 701
+    assert factors[900] == pytest.approx(0.5)
+
+
+def test_every_step_has_its_own_randomness() -> None:
+    draws = {torch.rand(1, generator=step_generator(seed, step)).item() for seed in range(3) for step in range(50)}
+    assert len(draws) == 150
+
+
+def test_flow_loss_is_its_formula() -> None:
+    config = MMDiTConfig(depth=2, head_dim=8, pos_embed_max_size=8, context_dim=12, pooled_dim=6)
+    x0, cond = torch.randn(3, 16, 4, 4), Conditioning(torch.randn(3, 5, 12), torch.randn(3, 6))
+    loss = flow_loss(MMDiT(config), x0, cond, Generator().manual_seed(1))  # a fresh model predicts zero
+    generator = Generator().manual_seed(1)
+    flow.logit_normal(3, generator=generator)
+    noise = torch.randn(x0.shape, generator=generator)
+    torch.testing.assert_close(loss, (noise - x0).square().mean())
+
+
+def test_kl_divergence_matches_torch() -> None:
+    mean, logvar = torch.randn(2, 3), torch.randn(2, 3)
+    ours = kl_divergence(mean, logvar)
+    normal = torch.distributions.Normal
+    theirs = torch.distributions.kl_divergence(normal(mean, (logvar / 2).exp()), normal(0.0, 1.0)).mean()
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_prompts_are_dropped_at_the_rate() -> None:
+    kept = drop_prompts(["a red fish"] * 5000, Generator().manual_seed(0), rate=0.1)
+    assert kept.count("") == pytest.approx(500, abs=90)
+    assert set(kept) == {"", "a red fish"}
+
+
+def test_crops_are_parts_of_the_picture() -> None:
+    image = torch.arange(2 * 3 * 10 * 12.0).view(2, 3, 10, 12)
+    crop = random_crops(image, 4, Generator().manual_seed(0))
+    assert crop.shape == (2, 3, 4, 4)
+    assert any(torch.equal(crop[1], image[1, :, i : i + 4, j : j + 4]) for i in range(7) for j in range(9))
+
+
+def test_latents_are_prepared_once_and_read_back(tmp_path: Path) -> None:
+    vae = VAE(VAEConfig(width=8, multipliers=(1, 1, 1, 1), blocks=1, groups=4)).eval()
+    paths = list(prepare_latents(vae, tmp_path, range(5), shard=2))
+    written = [path.stat().st_mtime_ns for path in paths]
+    assert len(paths) == 3
+    assert [path.stat().st_mtime_ns for path in prepare_latents(vae, tmp_path, range(5), shard=2)] == written
+    latents, seeds = load_latents(tmp_path)
+    assert latents.shape == (5, 16, 16, 16)
+    assert seeds == list(range(5))
+    with pytest.raises(FileNotFoundError, match="no prepared latents"):
+        load_latents(tmp_path / "none")
+    assert list(batched(range(3), 2)) == [[0, 1], [2]]
