@@ -95,7 +95,7 @@ def _files(path: Path) -> list[Path]:
         raise WeightsError(f"{path} does not exist; {_holds(path.parent)}")
     indexes = sorted(path.glob("*.safetensors.index.json"), key=lambda file: len(file.name))
     if indexes:
-        shards = {path / name for name in json.loads(indexes[0].read_text())["weight_map"].values()}
+        shards = {path / name for name in read_json(indexes[0]).get("weight_map", {}).values()}
         missing = sorted(shard.name for shard in shards if not shard.is_file())
         if missing:
             raise WeightsError(f"{path} lacks {some(missing)}, named in its {indexes[0].name}; fetch the missing files")
@@ -104,6 +104,14 @@ def _files(path: Path) -> list[Path]:
     if not files or not all(file.name.startswith(files[0].stem) for file in files):  # not one model, perhaps in variants (.fp16)
         raise WeightsError(f"{path} is a folder without one .safetensors checkpoint; name a file in it: {_holds(path)}")
     return files[:1]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A config or an index of shards."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise WeightsError(f"{path} is no JSON object ({error}); fetch it again") from None
 
 
 def _holds(folder: Path) -> str:
@@ -154,8 +162,8 @@ def _diagnose(file: Path) -> str:
         head = opened.read(128)
         if head[8:9] == b"{":  # eight bytes of length, then JSON: it does begin as safetensors
             opened.seek(8)
-            header = opened.read(int.from_bytes(head[:8], "little"))
-            return _cut_short(header, int.from_bytes(head[:8], "little"), size)
+            length = int.from_bytes(head[:8], "little")
+            return _cut_short(opened.read(min(length, size)), length, size)
     if head.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the weights it points to; run `git lfs pull` in its folder"
     if head.startswith(b"PK\x03\x04") or (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05"):
@@ -251,8 +259,14 @@ class Source:
     op: str = ""
 
     def shape(self, header: Mapping[str, Entry]) -> tuple[int, ...]:
-        shapes = [header[name].shape for name in self.names]
-        shape = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if self.op == "join" else shapes[0]
+        shape = header[self.names[0]].shape
+        if self.op == "join":
+            shapes = {name: header[name].shape for name in self.names}
+            if len(shapes) != 3 or len(set(shapes.values())) > 1 or not shape:
+                raise WeightsError(
+                    f"queries, keys and values must be three tensors of one shape, not {shapes}; fetch the file again"
+                )
+            return (3 * shape[0], *shape[1:])
         return (*shape, 1, 1) if self.op == "conv" and len(shape) == 2 else shape
 
     def build(self, parts: list[Tensor]) -> Tensor:

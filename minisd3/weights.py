@@ -5,8 +5,10 @@ read one by one and assigned, with every name and shape accounted for. `formats`
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from math import isqrt, prod
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,63 +31,69 @@ Device = torch.device | str | None
 # --- what the shapes say ----------------------------------------------------------------------------------------------------------
 
 
+def _side(shapes: Shapes, name: str, axis: int) -> int:
+    """How long a tensor is along one axis."""
+    shape = shapes.get(name, ())
+    require(axis < len(shape) and shape[axis] > 0, f"{name}, which tells its config, is {shape or 'missing'}; fetch the file again")
+    return shape[axis]
+
+
 def _count(shapes: Shapes, before: str) -> int:
     """How many blocks there are: one more than the highest number that follows `before`."""
-    return 1 + max(int(name.removeprefix(before).split(".")[0]) for name in shapes if name.startswith(before))
+    found = (re.match(re.escape(before) + r"(\d+)\.", name) for name in shapes)
+    return max((1 + int(match[1]) for match in found if match), default=1)
 
 
 def _mmdit_config(shapes: Shapes, given: dict[str, Any]) -> MMDiTConfig:
-    width, channels, patch = shapes["x_embedder.proj.weight"][:3]
-    depth = _count(shapes, "joint_blocks.")
+    side = partial(_side, shapes)
+    width, depth = side("x_embedder.proj.weight", 0), _count(shapes, "joint_blocks.")
     nearest = min(PRESETS, key=lambda name: abs(PRESETS[name].mmdit.hidden_size - width))
     require(width % depth == 0, f"{depth} blocks do not go with a width of {width}; blocks are missing if this is to be {nearest}")
-    block = "joint_blocks.0.x_block."
-    gelu = f"{block}mlp.fc1.weight" in shapes
-    hidden = shapes[f"{block}mlp.{'fc1' if gelu else 'w1'}.weight"][0]
-    norm = f"{block}attn.ln_q."
+    block = "joint_blocks.0.x_block"
+    gated = f"{block}.mlp.w1.weight" in shapes
     found = {
         "depth": depth,
         "head_dim": width // depth,
-        "patch_size": patch,
-        "in_channels": channels,
-        "pos_embed_max_size": isqrt(shapes["pos_embed"][1]),
-        "context_dim": shapes["context_embedder.weight"][1],
-        "pooled_dim": shapes["y_embedder.mlp.0.weight"][1],
-        "mlp_ratio": (hidden if gelu else hidden * 3 / 2) / width,  # SwiGLU is two thirds as wide
-        "mlp": "gelu" if gelu else "swiglu",
-        "qk_norm": None if f"{norm}weight" not in shapes else "layer" if f"{norm}bias" in shapes else "rms",
+        "patch_size": side("x_embedder.proj.weight", 2),
+        "in_channels": side("x_embedder.proj.weight", 1),
+        "pos_embed_max_size": isqrt(side("pos_embed", 1)),
+        "context_dim": side("context_embedder.weight", 1),
+        "pooled_dim": side("y_embedder.mlp.0.weight", 1),
+        "mlp": "swiglu" if gated else "gelu",
+        "mlp_ratio": (side(f"{block}.mlp.w1.weight", 0) * 3 / 2 if gated else side(f"{block}.mlp.fc1.weight", 0)) / width,
+        "qk_norm": "layer" if f"{block}.attn.ln_q.bias" in shapes else "rms" if f"{block}.attn.ln_q.weight" in shapes else None,
         "dual_attention_layers": tuple(i for i in range(depth) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in shapes),
-        "scale_mod_only": shapes[f"{block}adaLN_modulation.1.weight"][0] == 4 * width,
-        "registers": shapes["register"][1] if "register" in shapes else 0,
+        "scale_mod_only": side(f"{block}.adaLN_modulation.1.weight", 0) == 4 * width,
+        "registers": side("register", 1) if "register" in shapes else 0,
     }
     return MMDiTConfig(**{**found, **given})
 
 
 def _vae_config(shapes: Shapes, given: dict[str, Any]) -> VAEConfig:
-    width = shapes["encoder.conv_in.weight"][0]
-    levels = [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(_count(shapes, "encoder.down."))]
-    require(
-        all(level % width == 0 for level in levels), f"levels of {levels} channels are no multiples of the first width, {width}"
-    )
+    side = partial(_side, shapes)
+    width = side("encoder.conv_in.weight", 0)
+    levels = [side(f"encoder.down.{i}.block.0.conv1.weight", 0) for i in range(_count(shapes, "encoder.down."))]
+    require(all(n % width == 0 for n in levels), f"levels of {levels} channels are no multiples of the first layer's {width}")
     found = {
         "width": width,
-        "multipliers": tuple(level // width for level in levels),
-        "latent_channels": shapes["decoder.conv_in.weight"][1],
+        "multipliers": tuple(n // width for n in levels),
+        "latent_channels": side("decoder.conv_in.weight", 1),
         "blocks": _count(shapes, "encoder.down.0.block."),
     }
     return VAEConfig(**{**found, **given})
 
 
 def _controlnet_config(shapes: Shapes, given: dict[str, Any]) -> ControlNetConfig:
-    width, channels, patch = shapes["pos_embed_input.proj.weight"][:3]
+    side = partial(_side, shapes)
+    width = side("pos_embed_input.proj.weight", 0)
     found = {
         "depth": _count(shapes, "transformer_blocks."),
         "num_heads": width // given.get("head_dim", ControlNetConfig.head_dim),
-        "patch_size": patch,
-        "in_channels": channels,
-        "pooled_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
+        "patch_size": side("pos_embed_input.proj.weight", 2),
+        "in_channels": side("pos_embed_input.proj.weight", 1),
+        "pooled_dim": side("time_text_embed.text_embedder.linear_1.weight", 1),
         "form": "2b" if "pos_embed.proj.weight" in shapes else "8b",
-        "mlp_ratio": shapes["transformer_blocks.0.mlp.fc1.weight"][0] / width,
+        "mlp_ratio": side("transformer_blocks.0.mlp.fc1.weight", 0) / width,
     }
     return ControlNetConfig(**{**found, **given})
 
@@ -114,7 +122,7 @@ def _noted(path: Path, part: Part) -> dict[str, Any]:
     noted = json.loads(formats.read_metadata(path).get(f"minisd3.{part.kind}", "{}"))
     beside = (path if path.is_dir() else path.parent) / "config.json"
     if part.layout == "diffusers" and beside.is_file():
-        theirs = json.loads(beside.read_text())
+        theirs = formats.read_json(beside)
         words = {"norm_num_groups": "groups", "scaling_factor": "scale", "shift_factor": "shift", "attention_head_dim": "head_dim"}
         read = {ours: theirs[word] for word, ours in words.items() if ours in _BY_NAME[part.kind].traceless and word in theirs}
         noted = read | noted
@@ -127,10 +135,6 @@ def _config(path: Path, part: Part, given: Mapping[str, Any]) -> Any:
     try:
         noted = _noted(path, part)
         return kind.config(part.shapes, {name: noted[name] for name in kind.traceless if name in noted} | dict(given))
-    except (LookupError, ArithmeticError) as error:
-        raise WeightsError(
-            f"{path} looks like a {part.kind}, but the tensors that tell its config are missing or wrongly shaped ({error}); fetch it again"
-        ) from None
     except ValueError as error:
         raise WeightsError(f"{path} looks like a {part.kind}, but {error}") from None
 
@@ -239,15 +243,29 @@ def detect(path: str | Path) -> list[Detected]:
 
 
 def _detected(path: Path, part: Part) -> Detected:
-    config, trouble = None, ""
-    if part.kind in _BY_NAME:
+    kind, config, trouble = part.kind, None, ""
+    presets: tuple[str, ...] = ()
+    if kind in _BY_NAME:
         try:
             config = _config(path, part, {})
+            presets = _presets(config)
         except WeightsError as error:
             trouble = str(error)
+    elif kind.endswith("text encoder"):
+        kind, presets = _tower(part)
     parameters = sum(prod(shape) for name, shape in part.shapes.items() if name not in ("pos_embed", "control_type"))
     dtypes = sorted({entry.dtype for entry in part.header.values()})
-    return Detected(part.kind, part.layout, config, _presets(config) if config else (), parameters, tuple(dtypes), trouble)
+    return Detected(kind, part.layout, config, presets, parameters, tuple(dtypes), trouble)
+
+
+def _tower(part: Part) -> tuple[str, tuple[str, ...]]:
+    """Which text encoder this is, and the presets that use it: those with the same vocabulary and width."""
+    sizes = {shape for name, shape in part.shapes.items() if name.endswith(("token_embedding.weight", "shared.weight"))}
+    for tower in ("clip_l", "clip_g", "t5"):
+        configs = {name: getattr(preset.text, tower) for name, preset in PRESETS.items()}
+        if names := tuple(name for name, config in configs.items() if (config.vocab, config.width) in sizes):
+            return f"{part.kind} ({tower})", names
+    return part.kind, ()
 
 
 def _of_preset(config: Config, name: str) -> Config | None:
@@ -275,11 +293,11 @@ def describe(path: str | Path) -> str:
     for found in detect(path):
         layout = f", {found.layout} layout" if found.layout else ""
         lines.append(f"  a {found.kind}{layout}: {found.parameters:,} parameters in {', '.join(found.dtypes)}")
-        if found.config:
-            lines.append(f"    {' or '.join(found.presets) or f'no preset; nearest {_nearest(found.config)}'}")
-            lines.append(f"    {found.config}")
-        elif found.trouble:
-            lines.append(f"    {found.trouble}")
+        if found.presets:
+            lines.append(f"    as in {', '.join(found.presets)}")
+        elif found.config:
+            lines.append(f"    no preset; nearest {_nearest(found.config)}")
+        lines += [f"    {text}" for text in (found.config, found.trouble) if text]
     return "\n".join(lines)
 
 
@@ -337,13 +355,7 @@ def _diffusers_config(config: Config) -> dict[str, Any]:
             "_class_name": "SD3ControlNetModel", "joint_attention_dim": None, "use_pos_embed": False, "pos_embed_type": None,
             "force_zeros_for_pooled_projection": False,
         }  # fmt: skip
-    plain = (config.mlp, config.mlp_ratio, config.block_norm, config.scale_mod_only, config.registers) == (
-        "gelu",
-        4,
-        "layer",
-        False,
-        0,
-    )
+    plain = config == replace(config, mlp="gelu", mlp_ratio=4, block_norm="layer", scale_mod_only=False, registers=0)
     require(plain, f"diffusers has no transformer like {config}; save it in the released layout")
     return shared | {
         "_class_name": "SD3Transformer2DModel", "joint_attention_dim": config.context_dim,

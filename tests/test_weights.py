@@ -435,10 +435,46 @@ def test_a_wrong_shape_is_told(single: Path) -> None:
 @pytest.mark.parametrize("name", ["x_embedder.proj.weight", "context_embedder.weight", "pos_embed"])
 def test_a_file_without_what_tells_its_config_is_told(single: Path, name: str) -> None:
     edit(single, lambda tensors: tensors.pop(f"model.diffusion_model.{name}"))
-    with pytest.raises(WeightsError, match=f"looks like a transformer, but .*missing or wrongly shaped .*{name}"):
+    with pytest.raises(WeightsError, match=f"looks like a transformer, but {name}, which tells its config, is missing"):
         weights.load_mmdit(single)
     assert name in weights.describe(single)  # and the VAE beside it is still described
     assert weights.load_vae(single).config == SMALL_VAE
+
+
+def test_a_tensor_of_the_wrong_rank_is_told(single: Path) -> None:
+    edit(single, lambda tensors: tensors.update({"first_stage_model.decoder.conv_in.weight": torch.zeros(16)}))
+    with pytest.raises(WeightsError, match=r"looks like a VAE, but decoder.conv_in.weight, which tells its config, is \(16,\)"):
+        weights.load_vae(single)
+
+
+def test_queries_keys_and_values_that_do_not_fit_together_are_told(tmp_path: Path, mmdit: MMDiT) -> None:
+    weights.save_diffusers(tmp_path, mmdit)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    edit(path, lambda tensors: tensors.pop("transformer_blocks.1.attn.to_k.weight"))
+    with pytest.raises(
+        WeightsError, match="three tensors of one shape, not .*blocks.1.attn.to_q.weight.*blocks.1.attn.to_v.weight"
+    ):
+        weights.load_mmdit(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "x.safetensors.index.json"])
+def test_a_damaged_json_beside_the_weights_is_told(tmp_path: Path, vae: VAE, name: str) -> None:
+    weights.save_diffusers(tmp_path, vae)
+    (tmp_path / name).write_text("<html>")
+    with pytest.raises(WeightsError, match=f"{name} is no JSON object .*; fetch it again"):
+        weights.load_vae(tmp_path)
+
+
+def test_text_encoders_are_described(tmp_path: Path) -> None:
+    shapes = {
+        "text_encoders.clip_g.transformer.text_model.embeddings.token_embedding.weight": (49408, 1280),
+        "text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1.bias": (5120,),
+        "text_encoders.t5xxl.transformer.shared.weight": (32128, 4096),
+        "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight": (4096, 4096),
+    }
+    clip, t5 = weights.detect(fake(tmp_path / "file.safetensors", shapes))
+    assert (clip.kind, t5.kind) == ("CLIP text encoder (clip_g)", "T5 text encoder (t5)")
+    assert "sd3.5-large" in clip.presets and "sd3-medium" in t5.presets and "tiny" not in clip.presets
 
 
 def test_a_transformer_that_lost_its_last_blocks_is_told(tmp_path: Path) -> None:
