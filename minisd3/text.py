@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
@@ -318,7 +319,9 @@ def _warn_of_cuts(prompt: str | Prompts, tokens: Tokens) -> None:
     names = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
     cut = [f"{names[name]} leaves out {' '.join(row.cut)!r}" for name, row in tokens._asdict().items() if row and row.cut]
     if cut:
-        warnings.warn(f"the prompt {prompt!r} is too long: {'; '.join(cut)}", TruncationWarning, stacklevel=4)  # the caller of encode, past no_grad
+        warnings.warn(
+            f"the prompt {prompt!r} is too long: {'; '.join(cut)}", TruncationWarning, stacklevel=4
+        )  # the caller of encode, past no_grad
 
 
 def _ids(tokenizer: CLIPTokenizer | T5Tokenizer, every: list[str]) -> list[list[int]]:
@@ -411,11 +414,14 @@ def _load_tokenizer(kind: type[Tokenizer], folder: Path) -> Tokenizer:
     found = next((folder / name for name in names if (folder / name).is_dir()), None)
     if found:
         missing = [file for file in files if not (found / file).is_file()]
-        if missing and not (found / "tokenizer.json").is_file():
+        if missing and not (found / "tokenizer.json").is_file():  # transformers would make an empty tokenizer
             raise WeightsError(f"{found} lacks {' and '.join(missing)}; copy them there from {hub} on the hub")
         return kind.from_pretrained(found)
     try:
-        return kind.from_pretrained(hub)
-    except OSError:
-        raise WeightsError(f"{folder} has no {names[0]}, and {hub} cannot be fetched from the hub; put the hub's "
-                           f"{' and '.join(files)} into {folder / names[0]}") from None  # fmt: skip
+        fetched = [Path(hf_hub_download(hub, file)) for file in files]
+    except OSError as error:
+        raise WeightsError(
+            f"{folder} has no {names[0]}, and {hub} cannot be fetched from the hub ({type(error).__name__}); "
+            f"put the hub's {' and '.join(files)} into {folder / names[0]}"
+        ) from None
+    return kind.from_pretrained(fetched[0].parent)

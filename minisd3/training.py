@@ -409,7 +409,7 @@ def rival(scene: Scene, rng: Random) -> Scene:
             things = (replace(first, colour=rng.choice(list(scenes.COLOURS))), *rest)
         else:
             things = (replace(first, kind=rng.choice(list(scenes.KINDS))), *rest)
-        if not any(scenes.held_out(thing.kind, thing.colour, scene.background) for thing in things):
+        if not any(scenes.held_out(thing.kind, thing.colour, scene.background) for thing in set(things) - set(scene.things)):
             return replace(scene, things=things)
 
 
@@ -476,7 +476,7 @@ def _grounds(scene: Scene, row: Row) -> tuple[list[int], list[int], list[int], l
 
 
 def train_t5(encoders: TextEncoders, run: Path, *, steps: int, batch: int = 64, lr: float = 2e-3, seed: int = 0) -> Iterator[Progress]:
-    """Train the T5 encoder on captions; T5 has no decoder here and keeps only its encoder in SD3."""
+    """Train the T5 encoder on captions. SD3 has no use for T5's decoder, so there is none."""
 
     def loss(module: nn.Module, step: int, generator: Generator) -> Tensor:
         rng = _random(generator)
