@@ -155,10 +155,9 @@ def test_a_map_that_is_too_large_says_what_to_do(model: MMDiT, monkeypatch: pyte
 
 
 def test_steps_rows_and_branches(model: MMDiT) -> None:
-    branched = {"skip_layers": (1,), "rows": 1}
     with AttentionRecorder(model, row=2) as copy, AttentionRecorder(model, row=slice(0, 2), steps=[1]) as both:
         model(*inputs(2))
-        model.forward_branched(*inputs(2), **branched)
+        model.forward_branched(*inputs(2), skip_layers=(1,), rows=1)
     assert set(copy.maps) == {(1, 2)}  # the copy runs on its own only after the skipped block
     assert set(both.maps) == {(1, 0), (1, 1), (1, 2)} and both.maps[1, 0].weights.shape == (2, 3, LENGTH, LENGTH)
     assert both.maps[1, 0].image_to_text(0).shape == (2, 3, *SIZE)
@@ -227,7 +226,7 @@ def test_shape_table_goes_deep_in_the_order_of_work(model: MMDiT) -> None:
 def test_parameter_table(model: MMDiT) -> None:
     table = parameter_table(model, depth=3)
     rows = {row.name: row for row in table.rows}
-    mlp = model.joint_blocks[0].x_block.mlp
+    mlp = model.get_submodule("joint_blocks.0.x_block.mlp")
     assert rows["joint_blocks.*.x_block.mlp"].parameters == 3 * sum(p.numel() for p in mlp.parameters())
     assert rows["sum"].parameters == sum(p.numel() for p in model.parameters()) == sum(r.parameters for r in table.rows[:-1])
     assert sum(row.share for row in table.rows[:-1]) == pytest.approx(1) and "t_embedder.mlp" in rows
