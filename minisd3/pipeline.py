@@ -139,7 +139,7 @@ class SD3:
         Each picture has its settings in `.info`. If drawing is interrupted, `last_state` has what was reached.
         """
         prompts, negatives, seeds = _one_for_each(prompt, negative, seed)
-        height, width = self._size(size, image)
+        height, width = self.size(size, image)
         chosen = self.settings(steps=steps, cfg=cfg, slg=slg, sampler=sampler, shift=shift, controlled=control is not None)
         require(image is not None or mask is None, "a mask needs the image that it is for: generate(..., image=picture, mask=mask)")
         require(0 < strength <= 1, f"strength is {strength}; it must be above 0, which keeps the image, and at most 1, which ignores it")
@@ -202,6 +202,22 @@ class SD3:
             usual_steps if steps is None else steps, usual_cfg if cfg is None else cfg, slg or None, chosen, shift or preset.shift
         )
 
+    def size(self, size: Size | None = None, image: Image.Image | None = None) -> tuple[int, int]:
+        """Height and width in pixels: as asked, or the image's cut down to what can be drawn, or the preset's. Raises if they cannot be drawn."""
+        m, table = self.preset.multiple, self.mmdit.config.pos_embed_max_size
+        if size is None:
+            size = self.preset.size if image is None else (max(m, image.height // m * m), max(m, image.width // m * m))
+        height, width = (size, size) if isinstance(size, int) else size
+        fits = all(side > 0 and side % m == 0 for side in (height, width))
+        require(fits, f"a picture of {height} x {width} pixels cannot be cut into patches; make height and width multiples of {m}")
+        largest = m * table
+        require(
+            max(height, width) <= largest,
+            f"a picture of {height} x {width} pixels is beyond this model's table of {table} x {table} positions; "
+            f"pass size=(height, width) with sides of at most {largest}",
+        )
+        return height, width
+
     def encode_prompt(
         self, prompt: Prompt | Sequence[Prompt], negative: Prompt | Sequence[Prompt] = ""
     ) -> tuple[Conditioning, Conditioning]:
@@ -219,7 +235,7 @@ class SD3:
 
     def noise(self, generators: Sequence[Generator], size: Size | None = None) -> Tensor:
         """(B C H/8 W/8) to start from: one picture's from each generator, on the CPU and in fp32, so that every device gets the same."""
-        height, width = self._size(size, None)
+        height, width = self.size(size)
         cells = self.vae.config.latent_channels, height // self.vae.config.factor, width // self.vae.config.factor
         return torch.stack([torch.randn(cells, generator=g) for g in generators]).to(self.device)
 
@@ -330,33 +346,18 @@ class SD3:
     @contextlib.contextmanager
     def _present(self, *parts: nn.Module, stay: bool = True) -> Iterator[None]:
         """Here the parts are on the device; afterwards back in main memory, if they are not to stay or memory is low."""
-        before = [(p, p.data) for part in parts for p in part.parameters()]
+        modules = [module for part in parts for module in part.modules()]
+        own = [(m, *pair) for m in modules for pair in (*m.named_parameters(recurse=False), *m.named_buffers(recurse=False))]
+        before = [(module, name, tensor, tensor.data) for module, name, tensor in own]
         for part in parts:
             part.to(self.device)
         try:
             yield
         finally:
-            if self.low_memory or not stay:
-                for parameter, data in before:
-                    parameter.data = data  # main memory still has it: what is on the device is dropped, not copied back
-                for part in parts:
-                    part.to("cpu")
-
-    def _size(self, size: Size | None, image: Image.Image | None) -> tuple[int, int]:
-        """Height and width in pixels."""
-        m, table = self.preset.multiple, self.mmdit.config.pos_embed_max_size
-        if size is None:
-            size = self.preset.size if image is None else (max(m, image.height // m * m), max(m, image.width // m * m))
-        height, width = (size, size) if isinstance(size, int) else size
-        fits = all(side > 0 and side % m == 0 for side in (height, width))
-        require(fits, f"a picture of {height} x {width} pixels cannot be cut into patches; make height and width multiples of {m}")
-        largest = m * table
-        require(
-            max(height, width) <= largest,
-            f"a picture of {height} x {width} pixels is beyond this model's table of {table} x {table} positions; "
-            f"pass size=(height, width) with sides of at most {largest}",
-        )
-        return height, width
+            if self.low_memory or not stay:  # main memory still has them: what is on the device is dropped, not copied back
+                for module, name, tensor, data in before:
+                    tensor.data = data
+                    setattr(module, name, tensor)
 
 
 def _one_for_each(

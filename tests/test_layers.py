@@ -16,7 +16,7 @@ LAYERS = [
     {"controlnet", "training", "introspect", "evaluate"},
     {"weights"},
     {"pipeline"},
-    {"__init__", "plots", "widgets"},
+    {"__init__", "plots", "widgets", "commands"},
     {"__main__"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

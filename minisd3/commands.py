@@ -1,0 +1,277 @@
+"""What the command line does: one function for each command, given the options that __main__ has read."""
+
+import json
+import re
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import CLIPTokenizer, T5Tokenizer
+
+from minisd3 import flow, scenes, training
+from minisd3.config import PRESETS, Preset, SkipLayers, require
+from minisd3.controlnet import HINTS
+from minisd3.evaluate import caption_accuracy, grid, psnr, ssim
+from minisd3.mmdit import MMDiT
+from minisd3.pipeline import HUB, MODELS, SD3, from_pil, load
+from minisd3.text import ImageTower, TextEncoders, clip_tower, t5_tower
+from minisd3.training import Progress, averaged
+from minisd3.vae import VAE
+from minisd3.weights import describe, load_vae, save_released
+
+# --- generate ---------------------------------------------------------------------------------------------------------------------
+
+
+# the options that tell how a picture looks, kept in its file; of skip-layer guidance there is `slg`, as it was used
+SETTINGS = (
+    "prompt", "negative", "seed", "count", "height", "width", "steps", "cfg", "cfg_interval", "sampler", "shift", "schedule", "image",
+    "strength", "mask", "controlnet", "control", "make_hint", "control_strength", "control_start", "control_end", "model",
+    "text_encoders", "without", "dtype", "tiled",
+)  # fmt: skip
+
+
+def generate(args: Namespace) -> None:
+    """Draw, and save with the settings in the file."""
+    require(bool(args.prompt), 'there is no prompt; say what to draw: python -m minisd3 generate "a red house beside a tree"')
+    require(args.count >= 1, f"--count is {args.count}; it must be at least 1")
+    wanted = [(prompt, seed) for prompt in args.prompt for seed in range(args.seed, args.seed + args.count)]
+    paths = _free_paths(args.out, args.prompt[0], 1 if args.grid else len(wanted), args.force)
+    pictures: dict[str, Any] = {name: _read(getattr(args, name)) for name in ("image", "mask") if getattr(args, name)}
+    sd3 = load(args.model, controlnet=args.controlnet, **_model_options(args))
+    options = _options(args, sd3, pictures.get("image"))
+    drawn = []
+    for i, (prompt, seed) in enumerate(wanted):
+        [picture] = sd3.generate(prompt, seed=seed, **options, **pictures)
+        if not args.grid:
+            _save(picture, paths[i], _about(args, picture))
+        drawn.append(picture)
+    if args.grid:
+        about = _about(args, drawn[0]) | {"prompt": args.prompt, "count": args.count}
+        _save(_grid(drawn, args.count), paths[0], about)
+
+
+def _model_options(args: Namespace) -> dict[str, Any]:
+    """What `load` is told, the model's name and ControlNets aside."""
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    return {name: getattr(args, name) for name in ("text_encoders", "device", "low_memory")} | {"dtype": dtype, "without": args.without or ()}
+
+
+def _options(args: Namespace, sd3: SD3, image: Image.Image | None) -> dict[str, Any]:
+    """What `generate` is told, prompt, seed and pictures aside."""
+    names = ("negative", "steps", "cfg", "sampler", "shift", "strength", "control_strength", "control_start", "control_end", "tiled")
+    height, width = sd3.size(None, image)
+    size = sd3.size((args.height or height, args.width or width))
+    return {name: getattr(args, name) for name in names} | {
+        "size": size,
+        "slg": _slg(args, sd3.preset),
+        "cfg_interval": tuple(args.cfg_interval),
+        "control": [_hint(file, size, args.make_hint) for file in args.control] if args.control else None,
+        "schedule": {"sd3": flow.sd3_schedule, "uniform": flow.uniform_schedule}[args.schedule],
+        "progress": not args.quiet,
+    }
+
+
+def _slg(args: Namespace, preset: Preset) -> SkipLayers | bool:
+    """The preset's skip-layer guidance, or that with what is given in its place."""
+    names = ("layers", "scale", "start", "end")
+    given = {name: value for name in names if (value := getattr(args, f"slg_{name}")) is not None}
+    if not given:
+        return args.slg
+    require(preset.slg is not None or "layers" in given, "this model's preset has no skip-layer guidance; say which blocks: --slg-layers 7,8,9")
+    return replace(preset.slg, **given) if preset.slg else SkipLayers(**given)
+
+
+def _read(file: str) -> Image.Image:
+    with Image.open(file) as picture:
+        return picture.copy()
+
+
+def _hint(file: str, size: tuple[int, int], make: str | None) -> Tensor:
+    """(1 3 H W): the hint in this file, or made out of its picture."""
+    picture = from_pil(_read(file), size)
+    return HINTS[make](picture) if make else picture
+
+
+def _free_paths(out: Path | None, prompt: str, n: int, force: bool) -> list[Path]:
+    """Where n pictures go, so that none is lost. Without --out, names made of the prompt that are not taken."""
+    words = "-".join(re.findall(r"\w+", prompt.lower()))[:60] or "picture"
+    first = out or next(path for path in _numbered(Path("out") / f"{words}.png") if not path.exists())
+    require(first.suffix.lower() == ".png", f"--out is {first}; it must end in .png, which can hold the settings")
+    paths = [first] if n == 1 else [path for path, _ in zip(_numbered(first), range(n), strict=False)]
+    taken = [str(path) for path in paths if path.exists() and not force]
+    require(not taken, f"{', '.join(taken)} exists; choose another --out, or overwrite with --force")
+    return paths
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    """a.png, a-2.png, a-3.png, ..."""
+    yield path
+    for i in count(2):
+        yield path.with_stem(f"{path.stem}-{i}")
+
+
+def _about(args: Namespace, picture: Image.Image) -> dict[str, Any]:
+    """The settings that a picture is saved with."""
+    return {**{name: getattr(args, name) for name in SETTINGS}, "count": 1, **{str(name): value for name, value in picture.info.items()}}
+
+
+def _save(picture: Image.Image, path: Path, about: dict[str, Any]) -> None:
+    info = PngInfo()
+    info.add_text("minisd3", json.dumps(about))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, pnginfo=info)
+    print(path)
+
+
+def settings_of(file: str) -> dict[str, Any]:
+    """The settings that a picture was saved with, as values of the options."""
+    with Image.open(file) as picture:
+        text = picture.info.get("minisd3")
+    require(text is not None, f"{file} holds no settings of minisd3; only a .png as `generate` saved it does")
+    about = json.loads(str(text))
+    prompt, slg = about["prompt"], about["slg"] or {}
+    settings = {name: about[name] for name in SETTINGS} | {f"slg_{name}": value for name, value in slg.items()}
+    return settings | {"prompt": prompt if isinstance(prompt, list) else [prompt]}
+
+
+def _grid(pictures: list[Image.Image], columns: int) -> Image.Image:
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (columns * width, len(pictures) // columns * height))
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * width, i // columns * height))
+    return sheet
+
+
+# --- models, inspect --------------------------------------------------------------------------------------------------------------
+
+
+def models(args: Namespace) -> None:
+    """A row for each preset."""
+    row = "{:18} {:>13} {:>8} {:>8}  {:8} {:>5} {:>4} {:>5}  {}"
+    print(row.format("preset", "parameters", "size", "largest", "sampler", "steps", "cfg", "shift", "weights"))
+    for name, preset in PRESETS.items():
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in MMDiT(preset.mmdit).parameters())
+        size, largest = f"{preset.size[0]} px", f"{preset.multiple * preset.mmdit.pos_embed_max_size} px"
+        home = HUB.get(name, "in this package")
+        print(row.format(name, f"{parameters:,}", size, largest, preset.sampler, preset.steps, preset.cfg, preset.shift, home))
+
+
+def inspect(args: Namespace) -> None:
+    """What a checkpoint is, from its header."""
+    print(describe(args.file))
+
+
+# --- train ------------------------------------------------------------------------------------------------------------------------
+
+Part = Literal["vae", "clip_l", "clip_g", "t5", "mmdit"]
+STEPS: dict[Part, int] = {"vae": 1750, "clip_l": 300, "clip_g": 300, "t5": 400, "mmdit": 20_000}  # in the order of training
+
+
+def train(args: Namespace) -> None:
+    """Train parts of the tiny family, each from where its run stands. Other parts are the folder's, or where it has none, the package's."""
+    for part in [part for part in STEPS if part.startswith(args.part or "")]:  # "clip" is both
+        steps = args.steps or STEPS[part]
+        options = {name: getattr(args, name) for name in ("batch", "lr") if getattr(args, name)}
+        run = _trainer(args, part)(args.folder / part, steps=steps, seed=args.seed, **options)
+        with tqdm(total=steps, desc=part, unit="step") as bar:
+            for progress in run:
+                if bar.n == 0:
+                    bar.initial = bar.n = progress.step - 1
+                bar.set_postfix(loss=f"{progress.loss:.4f}", refresh=False)
+                bar.update(progress.step - bar.n)
+            bar.n = bar.n or steps  # nothing was left to do
+        if bar.n < steps:
+            raise KeyboardInterrupt(f"stopped at step {bar.n} of {steps}; the same command goes on from there")
+    if (args.folder / "mmdit").is_dir():
+        _assemble(args.folder)
+
+
+def _trainer(args: Namespace, part: Part) -> Callable[..., Iterator[Progress]]:
+    """training.train_... of this part, with a new module to train and the old ones that it needs."""
+    tiny, text, tokenizers = PRESETS["tiny"], PRESETS["tiny"].text, MODELS / "tiny" / "text_encoders"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        if part == "vae":
+            return partial(training.train_vae, VAE(tiny.vae))
+        if part == "mmdit":
+            return partial(training.train_mmdit, MMDiT(tiny.mmdit), _text(args.folder), *_latents(args))
+        if part == "t5":
+            encoders = TextEncoders(text, t5=t5_tower(text.t5), t5_tokenizer=T5Tokenizer.from_pretrained(tokenizers / "t5_tokenizer"))
+            return partial(training.train_t5, encoders)
+        config = getattr(text, part)
+        tokenizer = CLIPTokenizer.from_pretrained(tokenizers / "clip_tokenizer")
+        tower: dict[str, Any] = {part: clip_tower(config, text.clip_length)}
+        encoders = TextEncoders(text, clip_tokenizer=tokenizer, **tower)
+        return partial(training.train_clip, encoders, part, ImageTower(config.width))
+
+
+def _latents(args: Namespace) -> tuple[Tensor, list[int]]:
+    """Those of the training scenes, encoded on the first call."""
+    shards = training.prepare_latents(_vae(args.folder), args.folder / "latents", range(args.scenes))
+    for _ in tqdm(shards, desc="latents", unit="shard", total=-(-args.scenes // 1000)):
+        pass
+    return training.load_latents(args.folder / "latents")
+
+
+def _vae(folder: Path) -> VAE:
+    """The folder's, or the package's."""
+    if not (folder / "vae").is_dir():
+        return load_vae(MODELS / "tiny" / "sd3_tiny.safetensors", dtype=torch.float32)
+    vae = VAE(PRESETS["tiny"].vae).eval()
+    vae.load_state_dict(averaged(folder / "vae"))
+    return vae
+
+
+def _text(folder: Path) -> TextEncoders:
+    """The package's, with the folder's in place of those that it has."""
+    encoders = TextEncoders.load(MODELS / "tiny" / "text_encoders", PRESETS["tiny"].text, dtype=torch.float32)
+    for name, inside in (("clip_l", "text."), ("clip_g", "text."), ("t5", "tower.")):
+        if (folder / name).is_dir():
+            weights = {k.removeprefix(inside): v for k, v in averaged(folder / name).items() if k.startswith(inside)}
+            getattr(encoders, name).load_state_dict(weights)
+    return encoders
+
+
+def _assemble(folder: Path) -> None:
+    """Write the folder's model as `load` reads it."""
+    mmdit = MMDiT(PRESETS["tiny"].mmdit)
+    mmdit.load_state_dict(averaged(folder / "mmdit"))
+    save_released(folder / "model" / "sd3_tiny.safetensors", mmdit, _vae(folder), dtype=torch.float16)
+    _text(folder).save(folder / "model" / "text_encoders", dtype=torch.float16)
+    print(folder / "model" / "sd3_tiny.safetensors")
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------------------------
+
+
+def evaluate(args: Namespace) -> None:
+    """Say how well a model draws and its VAE reconstructs scenes that it was not trained on."""
+    require(1 <= args.prompts <= len(scenes.PROMPTS), f"--prompts is {args.prompts}; there are 1 to {len(scenes.PROMPTS)}")
+    if args.out:
+        _free_paths(args.out, "", 1, args.force)
+    sd3 = load(args.model, **_model_options(args))
+    asked = scenes.PROMPTS[: args.prompts]
+    drawn = []
+    for i, scene in enumerate(tqdm(asked, desc="prompts")):
+        drawn += sd3.generate(scene.caption(), seed=args.seed + i, steps=args.steps, cfg=args.cfg, progress=False)
+    pictures = torch.cat([from_pil(picture, picture.size[::-1]) for picture in drawn])
+    held_out = scenes.pictures(range(scenes.HELD_OUT, scenes.HELD_OUT + args.scenes))
+    with torch.no_grad():
+        like = next(sd3.vae.parameters())
+        again = torch.cat([sd3.vae.decode(sd3.vae.encode(one.to(like))[0]).to(held_out) for one in held_out.split(16)]).clamp(-1, 1)
+    rows = {f"right {name}": f"{value:.1%}" for name, value in asdict(caption_accuracy(pictures, asked)).items()}
+    rows |= {"VAE PSNR": f"{psnr(again, held_out).mean():.2f} dB", "VAE SSIM": f"{ssim(again, held_out).mean():.4f}"}
+    print("\n".join(f"{name:18} {value:>10}" for name, value in rows.items()))
+    if args.out:
+        grid(pictures).save(args.out)
+        print(args.out)

@@ -1,0 +1,265 @@
+"""The command line: what it draws and prints, what it keeps in files, and that mistakes end in one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from minisd3 import commands, training
+from minisd3.__main__ import main
+from minisd3.config import PRESETS
+
+PROMPT = "a red house"
+
+
+@pytest.fixture
+def draw(random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """generate with the random model, small and quickly, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    model = ["--model", str(random_model / "sd3_tiny.safetensors"), "--device", "cpu", "--quiet"]
+
+    def run(*words: str) -> int:
+        small = [] if "--from" in words else ["--height", "32", "--width", "32", "--steps", "2"]
+        return main(["generate", *words, *model, *small])
+
+    return run
+
+
+def settings(path: str) -> dict[str, Any]:
+    with Image.open(path) as picture:
+        return json.loads(picture.info["minisd3"])
+
+
+def pixels(path: str) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_gets_a_name_and_never_replaces_another(draw: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert draw(PROMPT) == draw(PROMPT) == 0
+    assert capsys.readouterr().out.split() == ["out/a-red-house.png", "out/a-red-house-2.png"]
+    assert (pixels("out/a-red-house.png") == pixels("out/a-red-house-2.png")).all()
+
+    assert draw(PROMPT, "--out", "mine.png") == 0
+    before = Path("mine.png").read_bytes()
+    assert draw("two boats", "--out", "mine.png") == 2
+    assert "mine.png exists; choose another --out, or overwrite with --force" in capsys.readouterr().err
+    assert Path("mine.png").read_bytes() == before
+    assert draw("two boats", "--out", "mine.png", "-f") == 0
+    assert settings("mine.png")["prompt"] == "two boats"
+
+
+def test_settings_are_in_the_file_and_draw_it_again(draw: Any) -> None:
+    options = ["--negative", "fog", "--seed", "4", "--cfg", "3", "--slg-layers", "1,2", "--slg-end", "0.9", "--schedule", "uniform"]
+    assert draw(PROMPT, *options, "--out", "first.png") == 0
+    kept = settings("first.png")
+    assert (kept["prompt"], kept["negative"], kept["seed"], kept["height"], kept["steps"], kept["cfg"]) == (PROMPT, "fog", 4, 32, 2, 3.0)
+    assert kept["slg"] == {"layers": [1, 2], "scale": 1.5, "start": 0.01, "end": 0.9}
+    assert kept["sampler"] == "dpmpp_2m"  # the preset's, written out
+
+    assert draw("--from", "first.png", "--out", "again.png") == 0
+    assert (pixels("first.png") == pixels("again.png")).all()
+    assert draw("--from", "first.png", "--seed", "5", "--out", "other.png") == 0
+    assert (pixels("first.png") != pixels("other.png")).any()
+    assert settings("other.png") == kept | {"seed": 5}
+
+
+def test_a_file_cannot_ask_for_more_than_settings(draw: Any) -> None:
+    assert draw(PROMPT, "--out", "first.png") == 0
+    from PIL.PngImagePlugin import PngInfo
+
+    about = PngInfo()
+    about.add_text("minisd3", json.dumps(settings("first.png") | {"force": True, "out": "first.png", "command": "train"}))
+    Image.new("RGB", (8, 8)).save("evil.png", pnginfo=about)
+    before = Path("first.png").read_bytes()
+    assert draw("--from", "evil.png") == 0
+    assert Path("first.png").read_bytes() == before
+    assert Path("out/a-red-house.png").exists()
+
+
+def test_prompts_and_seeds_in_a_grid(draw: Any) -> None:
+    assert draw(PROMPT, "a boat", "--count", "3", "--seed", "5", "--grid", "--out", "grid.png") == 0
+    sheet = pixels("grid.png")
+    assert sheet.shape == (64, 96, 3)
+    assert draw("a boat", "--seed", "6", "--out", "one.png") == 0
+    assert (sheet[32:, 32:64] == pixels("one.png")).all()  # second row, second column
+    assert settings("grid.png")["prompt"] == [PROMPT, "a boat"]
+
+    assert draw(PROMPT, "--count", "2", "--out", "many.png") == 0
+    assert [settings(name)["seed"] for name in ("many.png", "many-2.png")] == [0, 1]
+
+
+def test_from_a_picture_with_a_mask_and_a_hint(draw: Any, random_model: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(values).save("photo.png")
+    Image.fromarray(np.where(np.arange(32) < 16, 255, 0).astype(np.uint8)[None].repeat(32, 0)).save("mask.png")
+    assert draw(PROMPT, "--image", "photo.png", "--mask", "mask.png", "--strength", "1", "--out", "inpainted.png") == 0
+    assert (pixels("inpainted.png")[:, 16:] == values[:, 16:]).all()
+    assert (pixels("inpainted.png")[:, :16] != values[:, :16]).any()
+
+    control = ["--controlnet", str(random_model / "control.safetensors"), "--control", "photo.png"]
+    assert draw(PROMPT, "--out", "plain.png") == draw(PROMPT, *control, "--out", "hinted.png") == 0
+    assert draw(PROMPT, *control, "--make-hint", "canny", "--out", "edges.png") == 0
+    drawn = [pixels(f"{name}.png") for name in ("plain", "hinted", "edges")]
+    assert all((a != b).any() for a, b in ((drawn[0], drawn[1]), (drawn[1], drawn[2])))
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate"], "there is no prompt; say what to draw"),
+        (["generate", "x", "--model", "sd3.5-medium"], "sd3.5-medium does not come with this package; load its hub id"),
+        (["generate", "x", "--model", "missing.safetensors"], "no file, folder or preset 'missing.safetensors'"),
+        (["generate", "x", "--out", "x.jpg"], "--out is x.jpg; it must end in .png"),
+        (["generate", "x", "--count", "0"], "--count is 0; it must be at least 1"),
+        (["generate", "x", "--image", "nothing.png"], "nothing.png"),
+        (["generate", "--from", "plain.png"], "plain.png holds no settings of minisd3"),
+        (["inspect", "missing.safetensors"], "missing.safetensors does not exist"),
+        (["evaluate", "--prompts", "33"], "--prompts is 33; there are 1 to 32"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("plain.png")
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("minisd3: ")
+    assert message in err
+    with pytest.raises((ValueError, OSError)):
+        main([*words, "--traceback"])
+
+
+@pytest.mark.filterwarnings("always")
+def test_warnings_are_lines_too(draw: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert draw("a red house and " * 30) == 0
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("minisd3: ")
+    assert "CLIP-L leaves out" in line
+
+
+def test_ctrl_c_ends_quietly(draw: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands.SD3, "generate", interrupted)
+    assert draw(PROMPT) == 130
+    assert capsys.readouterr().err == "minisd3: stopped\n"
+
+
+# --- help, models, inspect --------------------------------------------------------------------------------------------------------
+
+
+def test_help_shows_examples_and_needs_no_torch() -> None:
+    words = "import sys; from minisd3.__main__ import main\ntry: main(['generate', '--help'])\nfinally: assert 'torch' not in sys.modules"
+    shown = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True).stdout
+    for part in ('python -m minisd3 generate "a red house beside a tree"', "--slg", "--from out/a-robot.png", "--make-hint canny"):
+        assert part in shown
+
+
+@pytest.mark.parametrize("command", ["generate", "models", "inspect", "train", "evaluate"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    assert "--traceback" in capsys.readouterr().out
+
+
+def test_models_lists_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["preset", *PRESETS]
+    counts = {line.split()[0]: line.split()[1] for line in lines}
+    assert counts["sd3.5-medium"] == "2,243,171,520"
+    assert counts["sd3.5-large"] == counts["sd3.5-large-turbo"] == "8,056,627,520"
+    assert "in this package" in lines[1]
+    assert "stabilityai/stable-diffusion-3.5-large-turbo" in lines[-1]
+
+
+def test_inspect_says_what_a_file_is(random_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(random_model / "sd3_tiny.safetensors")]) == 0
+    said = capsys.readouterr().out
+    assert "transformer" in said
+    assert "VAE" in said
+    assert "tiny" in said
+
+
+# --- train, evaluate --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def packaged(random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The random model in the place of the one in the package."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny").symlink_to(random_model)
+    monkeypatch.setattr(commands, "MODELS", tmp_path / "models")
+    return tmp_path
+
+
+def test_training_all_parts_makes_a_model_that_draws(packaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = packaged / "run"
+    words = ["train", "--folder", str(folder), "--steps", "1", "--batch", "4", "--scenes", "4"]
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    model = folder / "model" / "sd3_tiny.safetensors"
+    assert out.split() == [str(model)]
+    assert all(f"{part}: 100%" in err for part in commands.STEPS)
+    assert "loss=" in err
+    assert main(["generate", PROMPT, "--model", str(model), "--steps", "1", "--out", str(packaged / "x.png"), "--quiet"]) == 0
+    assert main(words) == 0  # all is done already
+    average = training.averaged(folder / "t5")
+    kept = commands.TextEncoders.load(folder / "model" / "text_encoders", PRESETS["tiny"].text, dtype=torch.float32).t5
+    assert kept is not None
+    assert (kept.shared.weight.half() == average["tower.shared.weight"].half()).all()
+
+
+def test_training_goes_on_where_it_stopped(
+    packaged: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "vae", "--folder", str(packaged / "run"), "--batch", "4"]
+    real = training.train_vae
+
+    def stopped(*args: Any, **named: Any) -> Any:
+        for progress in real(*args, **named):
+            yield progress
+            return
+
+    monkeypatch.setattr(training, "train_vae", stopped)
+    assert main([*words, "--steps", "2"]) == 130
+    assert "stopped at step 1 of 2; the same command goes on from there" in capsys.readouterr().err
+    monkeypatch.setattr(training, "train_vae", real)
+    assert main([*words, "--steps", "2"]) == 0
+    log = [json.loads(line)["step"] for line in (packaged / "run" / "vae" / "log.jsonl").read_text().splitlines()]
+    assert log == [1, 2]
+
+
+def test_evaluate_prints_scores_and_saves_the_grid(
+    random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from minisd3 import evaluate
+
+    monkeypatch.setattr(evaluate, "detector", lambda: evaluate.Detector().eval())
+    model, out = str(random_model / "sd3_tiny.safetensors"), tmp_path / "grid.png"
+    words = ["evaluate", "--model", model, "--device", "cpu", "--prompts", "2", "--scenes", "2", "--steps", "1", "--out", str(out)]
+    assert main(words) == 0
+    rows = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines() if "dB" not in line and "png" not in line)
+    assert rows["right background"].endswith("%")
+    assert 0 <= float(rows["VAE SSIM"]) < 1
+    with Image.open(out) as grid:
+        assert grid.size[0] % 128 == 0
+    assert main(words) == 2
