@@ -332,7 +332,7 @@ def _ids(tokenizer: CLIPTokenizer | T5Tokenizer, every: list[str]) -> list[list[
 def _row(tokenizer: CLIPTokenizer | T5Tokenizer, ids: list[int], pad: int, length: int, cut: list[str]) -> Row:
     pads = max(0, length - len(ids))
     filled = ids + pads * [pad]
-    return Row(filled, tokenizer.convert_ids_to_tokens(filled), len(ids) * [False] + pads * [True], cut)
+    return Row(filled, list(tokenizer.convert_ids_to_tokens(filled)), len(ids) * [False] + pads * [True], cut)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------------------
