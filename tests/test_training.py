@@ -16,8 +16,18 @@ from minisd3 import flow
 from minisd3.config import MMDiTConfig, VAEConfig
 from minisd3.mmdit import MMDiT
 from minisd3.training import (
-    Optimizer, averaged, batched, drop_prompts, fit, flow_loss, kl_divergence, load_latents, prepare_latents, random_crops,
-    step_generator, trapezoid,
+    Optimizer,
+    averaged,
+    batched,
+    drop_prompts,
+    fit,
+    flow_loss,
+    kl_divergence,
+    load_latents,
+    prepare_latents,
+    random_crops,
+    step_generator,
+    trapezoid,
 )  # fmt: skip
 from minisd3.types import Conditioning
 from minisd3.vae import VAE
