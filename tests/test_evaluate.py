@@ -120,7 +120,7 @@ def test_detector_learns() -> None:
     optimizer = torch.optim.Adam(net.parameters(), 1e-2)
     losses = []
     for _ in range(12):  # the same step, so the same scenes and the same spoiling
-        loss = detector_loss(net, 0, Generator().manual_seed(0), batch=4)
+        loss = detector_loss(net, 0, Generator().manual_seed(0), batch=2)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
