@@ -5,16 +5,16 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from minisd3.config import PRESETS, MMDiTConfig, Preset, SamplerName, SkipLayers, require
@@ -143,7 +143,7 @@ class SD3:
         chosen = self.settings(steps=steps, cfg=cfg, slg=slg, sampler=sampler, shift=shift, controlled=control is not None)
         require(image is not None or mask is None, "a mask needs the image that it is for: generate(..., image=picture, mask=mask)")
         require(0 < strength <= 1, f"strength is {strength}; it must be above 0, which keeps the image, and at most 1, which ignores it")
-        generators = [Generator().manual_seed(one) for one in seeds]
+        generators = [torch.Generator().manual_seed(one) for one in seeds]
         times = schedule(chosen.steps, chosen.shift)
         self.last_state = None
         with _advice(self):
@@ -188,19 +188,19 @@ class SD3:
         slg=True means the preset's cfg with it, too. (The released script means to, but reads cfg before it changes it, and so samples
         with the usual one: sd3_infer.py: main.)
         """
-        preset = self.preset
-        usual = (preset.steps, preset.cfg, preset.sampler)
-        usual_steps, usual_cfg, usual_sampler = (controlled and preset.with_control) or usual
+        preset, last = self.preset, self.mmdit.config.depth - 1
+        own = (preset.steps, preset.cfg, preset.sampler)
+        usual_steps, usual_cfg, usual_sampler = (controlled and preset.with_control) or own
+        usual = Settings(usual_steps, usual_cfg, None, usual_sampler, preset.shift)
         if slg is True:
             require(preset.slg is not None, "this model's preset has no skip-layer guidance; pass slg=SkipLayers(layers, ...)")
-            slg, usual_cfg = preset.slg, preset.slg_cfg or usual_cfg
-        outside = [i for i in slg.layers if not 0 <= i < self.mmdit.config.depth] if slg else []
-        require(not outside, f"slg skips blocks {outside}; this model's are 0 to {self.mmdit.config.depth - 1}")
-        chosen = sampler or usual_sampler
-        require(chosen in SAMPLERS, f"sampler is {chosen!r}; choose one of {', '.join(SAMPLERS)}")
-        return Settings(
-            usual_steps if steps is None else steps, usual_cfg if cfg is None else cfg, slg or None, chosen, shift or preset.shift
-        )
+            slg, usual = preset.slg, usual._replace(cfg=preset.slg_cfg or usual.cfg)
+        given: dict[str, Any] = {"steps": steps, "cfg": cfg, "slg": slg or None, "sampler": sampler, "shift": shift}
+        chosen = usual._replace(**{name: value for name, value in given.items() if value is not None})
+        outside = [i for i in chosen.slg.layers if not 0 <= i <= last] if chosen.slg else []
+        require(not outside, f"slg skips blocks {outside}; this model's are 0 to {last}")
+        require(chosen.sampler in SAMPLERS, f"sampler is {chosen.sampler!r}; choose one of {', '.join(SAMPLERS)}")
+        return chosen
 
     def size(self, size: Size | None = None, image: Image.Image | None = None) -> tuple[int, int]:
         """Height and width in pixels: as asked, or the image's cut down to what can be drawn, or the preset's. Raises if they cannot be drawn."""
@@ -233,13 +233,13 @@ class SD3:
 
         return rows(prompts), rows(negatives)
 
-    def noise(self, generators: Sequence[Generator], size: Size | None = None) -> Tensor:
+    def noise(self, generators: Sequence[torch.Generator], size: Size | None = None) -> Tensor:
         """(B C H/8 W/8) to start from: one picture's from each generator, on the CPU and in fp32, so that every device gets the same."""
         height, width = self.size(size)
         cells = self.vae.config.latent_channels, height // self.vae.config.factor, width // self.vae.config.factor
         return torch.stack([torch.randn(cells, generator=g) for g in generators]).to(self.device)
 
-    def encode_image(self, image: Image.Image, size: tuple[int, int], generators: Sequence[Generator]) -> Tensor:
+    def encode_image(self, image: Image.Image, size: tuple[int, int], generators: Sequence[torch.Generator]) -> Tensor:
         """(B C H/8 W/8): latents of the image at that size, one sample with each generator, ready for the transformer."""
         with torch.no_grad(), self._present(self.vae):
             mean, logvar = (part.float() for part in self.vae.encode(self._for_vae(from_pil(image, size))))
@@ -290,7 +290,7 @@ class SD3:
         known: Tensor | None = None,
         mask: Tensor | None = None,
         control: Sequence[Control] = (),
-    ) -> Iterator[Tensor]:
+    ) -> Generator[Tensor, None, None]:
         """The states (B C H/8 W/8) after each step, from x to the sample; settings as in `generate`.
 
         x is at time number `start` of the schedule: noise at 0, an image with noise later. Without uncond there is no cfg. With mask
@@ -317,7 +317,7 @@ class SD3:
     # --- inside
 
     @torch.no_grad()
-    def _inference(self, states: Iterator[Tensor], *parts: nn.Module) -> Iterator[Tensor]:
+    def _inference(self, states: Iterator[Tensor], *parts: nn.Module) -> Generator[Tensor, None, None]:
         """The states, made without gradients by these parts."""
         with self._present(*parts):
             yield from states
@@ -327,14 +327,14 @@ class SD3:
 
     def _follow(
         self,
-        states: Iterator[Tensor],
+        states: Generator[Tensor, None, None],
         x: Tensor,
         times: Tensor,
         progress: bool,
         callback: Callable[[int, State], bool | None] | None,
     ) -> Tensor:
         """Go from state to state, from x on; keep the newest in last_state. Returns the last one's x0."""
-        with tqdm(total=len(times) - 1, disable=not progress) as bar:
+        with contextlib.closing(states), tqdm(total=len(times) - 1, disable=not progress) as bar:
             for step, (latent, t, t_next) in enumerate(zip(states, times, times[1:], strict=False), 1):
                 x0 = latent + (latent - x) * (t_next / (t - t_next))
                 self.last_state, x = State(float(t_next), latent, x0), latent

@@ -14,8 +14,10 @@ from torch.testing import assert_close
 
 from minisd3 import flow, pipeline
 from minisd3.config import PRESETS, SkipLayers
+from minisd3.guidance import skip_layer
 from minisd3.mmdit import MMDiT
 from minisd3.pipeline import SD3, State, load
+from minisd3.types import Conditioning
 
 PROMPT, OTHER = "a red house beside a tree", "two boats at night"
 SMALL: dict[str, Any] = {"size": 64, "steps": 3, "progress": False}
@@ -193,6 +195,25 @@ def test_scale_one_makes_no_unconditional_pass(sd3: SD3, passes: list[int]) -> N
     times = flow.sd3_schedule(3, 1.0)
     sd3.generate(PROMPT, cfg=3.0, cfg_interval=(float(times[1]) - 0.01, float(times[1]) + 0.01), **SMALL)
     assert passes == [1, 2, 1]
+
+
+def test_skip_layer_guidance_heeds_the_interval_of_cfg() -> None:
+    class Model:
+        """Predicts its context; without its layers, half of that."""
+
+        def __call__(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+            return context
+
+        def forward_branched(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, *, skip_layers: Any, rows: int) -> Any:
+            assert len(x) == len(context)
+            return context, context[:rows] / 2
+
+    cond, uncond = (Conditioning(torch.full((1, 1), value), torch.zeros(1, 1)) for value in (4.0, 1.0))
+    times = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
+    slg = SkipLayers((0,), scale=10.0, start=0.0, end=0.7)  # steps 1, 2 and 3
+    velocity = skip_layer(Model(), cond, uncond, 2.0, slg, times, interval=(0.5, 0.7))
+    x = torch.zeros(1, 1)
+    assert [float(velocity(x, t)) for t in times[:5]] == [4, 4 + 10 * 2, 1 + 2 * 3 + 10 * 2, 4 + 10 * 2, 4]
 
 
 def test_pictures_carry_their_settings(sd3: SD3) -> None:
