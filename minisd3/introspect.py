@@ -112,6 +112,7 @@ class AttentionRecorder(TorchFunctionMode):
     ) -> None:
         super().__init__()
         require(isinstance(model, MMDiT), f"AttentionRecorder watches an MMDiT that is not compiled, not a {type(model).__name__}")
+        require(isinstance(row, slice) or row >= 0, f"row is {row}; count the samples of the batch from 0")
         self.model, self.reduce, self.blocks, self.steps = model, reduce, blocks, steps
         self.row = row if isinstance(row, slice) else slice(row, row + 1)
         self.single = not isinstance(row, slice)
@@ -187,7 +188,7 @@ class AttentionRecorder(TorchFunctionMode):
                         "as AttentionRecorder(model, reduce=over_heads(text_columns)) does")  # fmt: skip
         return torch.cat(kept, dim=-2)
 
-    def image_to_text(
+    def heat_map(
         self, tokens: int | Sequence[int], *, steps: Collection[int] | None = None, blocks: Collection[int] | None = None
     ) -> Tensor:
         """Where in the picture these text tokens are read, averaged over heads and over these steps and blocks: (h w)."""

@@ -67,7 +67,7 @@ class VectorEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width_in, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(x.to(self.mlp[0].weight.dtype))
+        return self.mlp(x.to(next(self.mlp.parameters()).dtype))
 
 
 class TimestepEmbedder(VectorEmbedder):
@@ -83,9 +83,17 @@ class TimestepEmbedder(VectorEmbedder):
 # --- the parts of a block ---------------------------------------------------------------------------------------------------------
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's, which under autocast, where its weight is fp32 and its input is not, warns and cannot use its fused form."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
 def norm(kind: str, width: int, *, affine: bool) -> nn.Module:
     """A layer norm or an RMS norm over the last axis, as the released code sets them up (eps 1e-6)."""
-    return {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[kind](width, eps=1e-6, elementwise_affine=affine)
+    return {"layer": nn.LayerNorm, "rms": RMSNorm}[kind](width, eps=1e-6, elementwise_affine=affine)
 
 
 class MLP(nn.Module):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from minisd3 import introspect
-from minisd3.config import PRESETS, MMDiTConfig
+from minisd3.config import PRESETS, ControlNetConfig, MMDiTConfig
+from minisd3.controlnet import ControlNet
 from minisd3.introspect import (
     AttentionRecorder,
     entropy,
@@ -122,8 +123,8 @@ def test_quadrants_and_heat_maps(model: MMDiT) -> None:
     torch.testing.assert_close(reading[:, 1, 2], (kept.weights[:, 1, patch] + kept.weights[:, 3, patch]) / 2)
 
     over = torch.stack([recorder.maps[step, block].image_to_text(2).mean(0) for step in (0, 1) for block in (1, 2)]).mean(0)
-    torch.testing.assert_close(recorder.image_to_text(2, blocks=[1, 2]), over)
-    assert recorder.image_to_text([0, 4], steps=[1]).shape == SIZE
+    torch.testing.assert_close(recorder.heat_map(2, blocks=[1, 2]), over)
+    assert recorder.heat_map([0, 4], steps=[1]).shape == SIZE
     share = recorder.by_depth(lambda kept: kept.weights[..., :TEXT].sum(-1).mean())
     assert share.shape == (2, 3) and torch.equal(share[0], share[1]) and (share > 0).all() and (share < 1).all()
 
@@ -137,7 +138,7 @@ def test_reductions_on_the_fly_equal_those_afterwards(model: MMDiT, monkeypatch:
             model(*inputs())
         assert set(reduced.maps) == {(0, 1)}
         torch.testing.assert_close(reduced.maps[0, 1].weights, reduction(full.maps[0, 1].weights, TEXT))
-    torch.testing.assert_close(reduced.image_to_text(3), full.image_to_text(3, blocks=[1]))
+    torch.testing.assert_close(reduced.heat_map(3), full.heat_map(3, blocks=[1]))
     with pytest.raises(ValueError, match="of 17 keys this map keeps 5, not enough for image to image; record with reduce=whole"):
         reduced.maps[0, 1].quadrant("image", "image")
     even = torch.full((1, 1, 8), 1 / 8)
@@ -175,6 +176,9 @@ def test_only_the_blocks_attention_is_recorded_and_hooks_are_removed(model: MMDi
     with pytest.raises(ValueError, match="context is"), AttentionRecorder(model) as recorder:
         x, t, context, pooled = inputs()
         nn.functional.scaled_dot_product_attention(q, q, q)  # a VAE's, say
+        net = ControlNet(ControlNetConfig(depth=1, num_heads=3, head_dim=8, in_channels=4, pooled_dim=10))
+        net(model, x, x, t, pooled)  # borrows the model's patches, and is no step of it
+        assert recorder.step == -1 and recorder.maps == {}
         model(x, t, context, pooled)
         with pytest.raises(RuntimeError):
             model.joint_blocks[0](torch.randn(1, TEXT, 24), torch.randn(1, 12, 24), torch.randn(1, 7))
@@ -186,8 +190,10 @@ def test_only_the_blocks_attention_is_recorded_and_hooks_are_removed(model: MMDi
     assert recorder.maps == {}
     with pytest.raises(ValueError, match="not a VAE"):
         AttentionRecorder(VAE(PRESETS["tiny"].vae))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="row is -1; count the samples of the batch from 0"):
+        AttentionRecorder(model, row=-1)
     with pytest.raises(ValueError, match="nothing is recorded at steps"):
-        recorder.image_to_text(0)
+        recorder.heat_map(0)
 
 
 def test_shape_table_of_large() -> None:

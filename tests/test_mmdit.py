@@ -246,6 +246,15 @@ def test_half_precision_takes_and_gives_what_it_is_given(dtype: torch.dtype) -> 
     assert (halved - exact).norm() / exact.norm() < (0.1 if dtype == torch.bfloat16 else 0.01)
 
 
+@pytest.mark.parametrize("config", [X, VARIANTS[0], VARIANTS[1]], ids=["rms", "layer", "rms-blocks"])
+def test_autocast_goes_without_a_warning(config: MMDiTConfig) -> None:
+    model, given = filled(config), inputs(config)
+    exact = model(*given)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        v = model(*given)
+    assert (v - exact).norm() / exact.norm() < 0.1
+
+
 # --- variants, by hand ------------------------------------------------------------------------------------------------------------
 
 
