@@ -96,8 +96,8 @@ class AttentionRecorder(TorchFunctionMode):
     The weights are computed beside the fused attention, a few queries at a time, and reduced before they are kept.
 
     reduce: what is kept of each query; `whole`, `text_columns`, `text_share`, `entropy`, any of them under `over_heads`, or your own
-    row: which sample of the batch, or a slice of it, which leads the shape of all maps. Guidance orders batches as prompt,
-        negative prompt, then the prompt without the skipped layers; blocks that this sample does not pass leave no map
+    row: which sample of the batch, or a slice of it, which leads the shape of all maps. Guidance orders a batch as prompts,
+        negative prompts, then the prompts without the skipped layers; blocks that this sample does not pass leave no map
     blocks, steps: only these
     """
 
@@ -249,24 +249,19 @@ class Table(Generic[Row]):
     def __str__(self) -> str:
         cells = self._cells()
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = (
-            (
-                cell.rjust(width) if right else cell.ljust(width)
-                for cell, width, right in zip(line, widths, self._right(), strict=True)
-            )
-            for line in cells
-        )
-        return "\n".join("  ".join(line).rstrip() for line in lines)
+        line = "  ".join(f"{{:{'>' if right else '<'}{width}}}" for right, width in zip(self._right(), widths, strict=True))
+        return "\n".join(line.format(*values).rstrip() for values in cells)
 
     def _repr_markdown_(self) -> str:
-        header, *cells = ("| " + " | ".join(line) + " |" for line in self._cells())
+        header, *lines = ("| " + " | ".join(values) + " |" for values in self._cells())
         rule = "|" + "|".join("---:" if right else "---" for right in self._right()) + "|"
-        return "\n".join([header, rule, *cells])
+        return "\n".join([header, rule, *lines])
 
     def _cells(self) -> list[list[str]]:
         return [list(self.rows[0]._fields), *([_written(value) for value in row] for row in self.rows)]
 
     def _right(self) -> list[bool]:
+        """Which columns hold numbers, and so are flush right."""
         return [isinstance(value, int | float) for value in self.rows[0]]
 
 
