@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from minisd3.config import CLIPConfig, T5Config, TextConfig, require
-from minisd3.formats import WeightsError, find_parts, read_header, write
+from minisd3.formats import WeightsError, compare, find_parts, read_header, write
 from minisd3.types import Conditioning
 
 
@@ -361,25 +361,14 @@ def _load_tower(
         tower = t5_tower(config.t5) if name == "t5" else clip_tower(getattr(config, name), config.clip_length)
     expected = {key: tuple(tensor.shape) for key, tensor in tower.state_dict().items()}
     optional = {"clip_l": {PROJECTION}, "t5": {T5_ALIAS}}.get(name, set())
-    _compare(path, parts[0].shapes, expected, optional)
+    found = parts[0].shapes
+    differs = compare(found, {name: shape for name, shape in expected.items() if name in found or name not in optional})
+    if differs:
+        raise WeightsError(f"{path} is not the text encoder that the config describes: {differs}")
     stored = {entry.dtype for entry in header.values()}
     if name == "t5" and (dtype == torch.float16 or (dtype is None and stored & {"F16", "F8_E4M3", "F8_E5M2"})):
         dtype = torch.bfloat16
     return _fill(tower, dict(parts[0].read(device=device, dtype=dtype)))
-
-
-def _compare(path: Path, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], optional: set[str]) -> None:
-    """Raise one WeightsError that lists what differs; `optional` names may be missing."""
-    lines = {
-        "missing": sorted(expected.keys() - found.keys() - optional),
-        "not expected": sorted(found.keys() - expected.keys()),
-        "of another shape": [
-            f"{k} {found[k]}, not {expected[k]}" for k in sorted(found.keys() & expected.keys()) if found[k] != expected[k]
-        ],
-    }
-    wrong = [f"{len(names)} tensors {what}: {', '.join(names[:10])}" for what, names in lines.items() if names]
-    if wrong:
-        raise WeightsError(f"{path} is not the text encoder that the config describes. {'; '.join(wrong)}")
 
 
 def _fill(

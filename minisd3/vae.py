@@ -221,6 +221,32 @@ class VAE(nn.Module):
         return latent / self.config.scale + self.config.shift
 
 
+# RGB of one unit of each normalised latent channel of the released VAE (sd3_impls.py: decode_latent_to_preview)
+SD3_PREVIEW = (
+    (-0.0645, 0.0177, 0.1052), (0.0028, 0.0312, 0.0650), (0.1848, 0.0762, 0.0360), (0.0944, 0.0360, 0.0889),
+    (0.0897, 0.0506, -0.0364), (-0.0020, 0.1203, 0.0284), (0.0855, 0.0118, 0.0283), (-0.0539, 0.0658, 0.1047),
+    (-0.0057, 0.0116, 0.0700), (-0.0412, 0.0281, -0.0039), (0.1106, 0.1171, 0.1220), (-0.0248, 0.0682, -0.0481),
+    (0.0815, 0.0846, 0.1207), (-0.0120, -0.0055, -0.0867), (-0.0749, -0.0634, -0.0456), (-0.1418, -0.1457, -0.1259),
+)  # fmt: skip
+
+
+def preview(latent: Tensor, factors: Tensor | None = None) -> Tensor:
+    """A rough picture without the decoder: normalised latents (B C h w) -> (B 3 h w) near [-1, 1], one pixel a cell.
+
+    factors (C 3): the released VAE's by default; fit_preview finds those of another.
+    """
+    factors = torch.tensor(SD3_PREVIEW) if factors is None else factors
+    require(latent.shape[1] == len(factors), f"{len(factors)} preview factors do not fit latents of {latent.shape[1]} channels")
+    return torch.einsum("bchw,cr->brhw", latent, factors.to(latent))
+
+
+def fit_preview(latent: Tensor, image: Tensor) -> Tensor:
+    """The (C 3) factors for `preview` that come closest to pictures (B 3 H W), by least squares over their normalised latents (B C h w)."""
+    small = F.adaptive_avg_pool2d(image, latent.shape[2:])  # (B 3 h w)
+    cells, colours = (x.transpose(0, 1).flatten(1).T.double() for x in (latent, small))  # (B*h*w C) and (B*h*w 3)
+    return torch.linalg.lstsq(cells, colours).solution.to(latent)
+
+
 def _tile_starts(length: int, tile: int, overlap: int) -> list[int]:
     """Where tiles begin so that they cover `length` cells, the last one flush with the end."""
     last = max(length - tile, 0)

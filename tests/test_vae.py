@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 
 from minisd3 import formats
 from minisd3.config import PRESETS, VAEConfig
-from minisd3.vae import VAE
+from minisd3.vae import SD3_PREVIEW, VAE, fit_preview, preview
 
 SMALL = VAEConfig(width=8, multipliers=(1, 2, 4, 4), latent_channels=4, blocks=1, groups=4)
 SHALLOW = VAEConfig(width=16, multipliers=(1, 2), latent_channels=16, blocks=2, groups=2)
@@ -162,3 +162,13 @@ def test_the_tiny_preset_halves_three_times() -> None:
     vae = VAE(PRESETS["tiny"].vae)
     mean, logvar = vae.encode(torch.zeros(1, 3, 32, 48))
     assert mean.shape == logvar.shape == (1, 16, 4, 6) and vae.decode(mean).shape == (1, 3, 32, 48)
+
+
+def test_preview_is_linear_and_fitting_finds_it_again() -> None:
+    latent = torch.randn(2, 16, 6, 8, generator=Generator().manual_seed(2))
+    small = preview(latent)
+    torch.testing.assert_close(small[1, :, 2, 3], latent[1, :, 2, 3] @ torch.tensor(SD3_PREVIEW))
+    image = F.interpolate(small, scale_factor=8, mode="nearest")  # cells of one colour, as the preview sees them
+    torch.testing.assert_close(fit_preview(latent, image), torch.tensor(SD3_PREVIEW))
+    with pytest.raises(ValueError, match="16 preview factors do not fit latents of 4 channels"):
+        preview(latent[:, :4])
