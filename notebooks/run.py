@@ -25,7 +25,8 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-PEAK = "(lambda r, s: r.getrusage(r.RUSAGE_SELF).ru_maxrss / (1024 if s.platform == 'darwin' else 1))(*map(__import__, ['resource', 'sys']))"
+# of the kernel's process; macOS counts it in bytes, Linux in KiB
+PEAK = "__import__('resource').getrusage(0).ru_maxrss / (2**20 if __import__('sys').platform == 'darwin' else 2**10)"
 
 
 class CellFailed(Exception):
@@ -73,6 +74,12 @@ def clean(output: Any) -> Any:
     return output
 
 
+def peak_memory(client: BlockingKernelClient) -> float:
+    """The most memory that the kernel had so far, in MiB."""
+    reply = client.execute_interactive("", silent=True, user_expressions={"peak": PEAK}, timeout=60)
+    return float(reply["content"]["user_expressions"]["peak"]["data"]["text/plain"])
+
+
 def run(notebook: Any, folder: Path, seconds: float) -> float:
     """Fill in the outputs, in a new kernel that works in `folder`; returns its peak memory in MiB."""
     manager, client = start_new_kernel(kernel_name="python3", cwd=str(folder), stderr=subprocess.DEVNULL)
@@ -84,8 +91,7 @@ def run(notebook: Any, folder: Path, seconds: float) -> float:
                 cell.outputs = run_cell(client, cell, seconds)
             except CellFailed as failed:
                 raise CellFailed(f"cell [{count}] {failed}\n{cell.source}") from None
-        reply = client.execute_interactive("", silent=True, user_expressions={"peak": PEAK}, timeout=seconds)
-        return float(reply["content"]["user_expressions"]["peak"]["data"]["text/plain"]) / 1024
+        return peak_memory(client)
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
