@@ -5,6 +5,9 @@ mirrors it. Rombach et al. 2022, section 3.1; SD3 widens the latent from 4 to 16
 Attribute names are those of the released files, under `first_stage_model.`; the released VAE has no quant convolutions.
 """
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
@@ -195,21 +198,38 @@ class VAE(nn.Module):
     def decode_tiled(self, latent: Tensor, *, tile: int = 64, overlap: int = 16) -> Tensor:
         """decode in square tiles of `tile` cells that overlap and are faded into each other: bounded memory for any size.
 
-        Group norms see one tile instead of the picture, so the result differs a little from decode's.
+        A group norm that sees one tile takes other statistics than one that sees the picture, which would colour each tile
+        differently. So the tiles are decoded twice: once to measure every norm's statistics over all of them, then with those.
         """
         require(0 <= 2 * overlap < tile, f"tile {tile} must be more than twice the overlap {overlap}")
-        h, w = latent.shape[2:]
-        factor = self.config.factor
+        factor, (h, w) = self.config.factor, latent.shape[2:]
+        corners = [(top, left) for top in _tile_starts(h, tile, overlap) for left in _tile_starts(w, tile, overlap)]
+        parts = [latent[:, :, top : top + tile, left : left + tile] for top, left in corners]
+        if len(parts) == 1:
+            return self.decode(latent)
+        moments: dict[nn.Module, Tensor] = {}  # (2 B G) of each norm: its mean and its mean square, summed over tiles
+
+        def measure(norm: nn.GroupNorm, args: tuple[Tensor], _out: Tensor) -> None:
+            x = args[0].unflatten(1, (norm.num_groups, -1)).flatten(2).float()  # (B G n)
+            moments[norm] = moments.get(norm, 0) + torch.stack([x.mean(-1), x.square().mean(-1)])
+
+        def share(norm: nn.GroupNorm, args: tuple[Tensor], _out: Tensor) -> Tensor:
+            mean, square = (moments[norm] / len(parts)).repeat_interleave(norm.num_channels // norm.num_groups, dim=-1)  # (B C) each
+            scale = norm.weight * (square - mean.square() + norm.eps).rsqrt()
+            return (args[0] * scale[..., None, None] + (norm.bias - mean * scale)[..., None, None]).to(args[0].dtype)
+
+        with _on_norms(self.decoder, measure):
+            for part in parts:
+                self.decode(part)
         picture = latent.new_zeros(len(latent), 3, h * factor, w * factor)
         weight = latent.new_zeros(1, 1, h * factor, w * factor)
-        for top in _tile_starts(h, tile, overlap):
-            for left in _tile_starts(w, tile, overlap):
-                part = self.decode(latent[:, :, top : top + tile, left : left + tile])  # (B 3 8*tile 8*tile)
-                fade = _fade(part.shape[2], overlap * factor)[:, None] * _fade(part.shape[3], overlap * factor)
-                fade = fade.to(part)
-                rows, columns = (slice(s * factor, s * factor + n) for s, n in zip((top, left), part.shape[2:], strict=True))
-                picture[:, :, rows, columns] += part * fade
-                weight[:, :, rows, columns] += fade
+        with _on_norms(self.decoder, share):
+            for (top, left), part in zip(corners, parts, strict=True):
+                decoded = self.decode(part)  # (B 3 8*tile 8*tile)
+                fade = (_fade(decoded.shape[2], overlap * factor)[:, None] * _fade(decoded.shape[3], overlap * factor)).to(decoded)
+                place = [slice(s * factor, s * factor + n) for s, n in zip((top, left), decoded.shape[2:], strict=True)]
+                picture[:, :, *place] += decoded * fade
+                weight[:, :, *place] += fade
         return picture / weight
 
     def normalize(self, latent: Tensor) -> Tensor:
@@ -242,9 +262,20 @@ def preview(latent: Tensor, factors: Tensor | None = None) -> Tensor:
 
 def fit_preview(latent: Tensor, image: Tensor) -> Tensor:
     """The (C 3) factors for `preview` that come closest to pictures (B 3 H W), by least squares over their normalised latents (B C h w)."""
-    small = F.adaptive_avg_pool2d(image, latent.shape[2:])  # (B 3 h w)
+    small = F.adaptive_avg_pool2d(image, (latent.shape[2], latent.shape[3]))  # (B 3 h w)
     cells, colours = (x.transpose(0, 1).flatten(1).T.double() for x in (latent, small))  # (B*h*w C) and (B*h*w 3)
     return torch.linalg.lstsq(cells, colours).solution.to(latent)
+
+
+@contextlib.contextmanager
+def _on_norms(module: nn.Module, hook: Callable[..., Tensor | None]) -> Iterator[None]:
+    """While open, the hook follows every group norm."""
+    handles = [norm.register_forward_hook(hook) for norm in module.modules() if isinstance(norm, nn.GroupNorm)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _tile_starts(length: int, tile: int, overlap: int) -> list[int]:

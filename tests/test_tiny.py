@@ -1,0 +1,82 @@
+"""The shipped `tiny` model does what the README and its card say of it."""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import minisd3
+from minisd3 import scenes
+from minisd3.evaluate import CaptionAccuracy, caption_accuracy, grid, psnr
+from minisd3.pipeline import SD3, from_pil
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "minisd3" / "models" / "tiny"
+
+
+@cache
+def tiny() -> SD3:
+    return minisd3.load()
+
+
+@cache
+def drawn() -> Tensor:
+    """(32 3 128 128): every fixed prompt, seeds 0 to 31, with the preset's settings; as `evaluate --out` draws them."""
+    pictures = []
+    for i, scene in enumerate(scenes.PROMPTS):
+        pictures += tiny().generate(scene.caption(), seed=i, progress=False)
+    return torch.cat([from_pil(picture, (128, 128)) for picture in pictures])
+
+
+@cache
+def accuracy() -> CaptionAccuracy:
+    return caption_accuracy(drawn(), scenes.PROMPTS)
+
+
+def held_out(n: int, height: int = 128, width: int = 128) -> Tensor:
+    return scenes.pictures(range(scenes.HELD_OUT, scenes.HELD_OUT + n), height, width)
+
+
+def test_backgrounds_are_right() -> None:
+    assert accuracy().background >= 0.95
+
+
+def test_half_of_the_prompts_and_more_are_recognised_in_their_colour() -> None:
+    assert accuracy().recognised >= 0.5
+
+
+def test_the_readme_shows_what_the_weights_draw() -> None:
+    shown = np.asarray(Image.open(ROOT / "docs" / "prompts.png").convert("RGB"), dtype=float)
+    again = np.asarray(grid(drawn()), dtype=float)
+    assert shown.shape == again.shape
+    assert np.abs(shown - again).mean() < 1  # another processor rounds otherwise
+
+
+@torch.no_grad()
+def test_the_vae_reconstructs_held_out_scenes() -> None:
+    image = held_out(32)
+    again = tiny().vae.decode(tiny().vae.encode(image)[0]).clamp(-1, 1)
+    assert psnr(again, image).mean() >= 32
+
+
+@torch.no_grad()
+def test_normalised_latents_have_a_spread_near_one() -> None:
+    latent = tiny().vae.normalize(tiny().vae.encode(held_out(64))[0])
+    assert latent.mean().abs() < 0.05
+    assert latent.std() == pytest.approx(1, abs=0.05)
+
+
+@torch.no_grad()
+def test_tiles_of_a_large_picture_show_no_seams() -> None:
+    scene = held_out(4, 192, 192)
+    latent = tiny().vae.encode(torch.cat([torch.cat([scene[0], scene[1]], 2), torch.cat([scene[2], scene[3]], 2)], 1)[None])[0]
+    whole, tiled = tiny().vae.decode(latent), tiny().vae.decode_tiled(latent, tile=32, overlap=8)  # (1 3 384 384)
+    assert (whole - tiled).abs().mean() * 127.5 < 1  # grey levels
+
+
+def test_it_is_small_enough_to_ship() -> None:
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 60e6
