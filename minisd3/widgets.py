@@ -85,13 +85,12 @@ class Explorer:
         return self._newest
 
     def _drawing(self, ticket: int) -> Iterator[None]:
-        """Yields before every step, so that a newer value, or Stop, can come in."""
+        """Yields after every step, so that a newer value, or Stop, can come in."""
         values = self.values
         key = tuple(values.values())
         said = ", ".join(f"{control.description} {control.value!r}" for control in self.controls.values())
         steps = iter([(1.0, self._kept[key])]) if key in self._kept else self.draw(**values)
         picture = None
-        yield
         while ticket == self._newest and (step := next(steps, None)):
             done, picture = step
             if ticket == self._newest:

@@ -17,9 +17,9 @@ def pixels(picture: plots.Picture) -> np.ndarray:
 
 
 def holds(picture: plots.Picture, part: np.ndarray) -> bool:
-    """Whether the part is somewhere in the picture, to the pixel."""
-    found = np.lib.stride_tricks.sliding_window_view(pixels(picture), part.shape)
-    return bool((found == part).all((-1, -2, -3)).any())
+    """Whether the part is somewhere in the picture, to the pixel, and to the two grey levels by which colours are rounded."""
+    found = np.lib.stride_tricks.sliding_window_view(pixels(picture).astype(int), part.shape)
+    return bool((abs(found - part) <= 2).all((-1, -2, -3)).any())
 
 
 @pytest.mark.parametrize("scale", [1, 3])
@@ -71,7 +71,7 @@ def test_a_figure_says_what_it_shows_and_is_the_same_every_time(name: str) -> No
     data, metadata = first._repr_mimebundle_()
     assert data == {"image/png": first.png, "text/plain": SAID[name]}
     assert metadata["image/png"] == {"alt": SAID[name], "width": first.width}
-    assert pixels(first).shape[1] in (first.width, 2 * first.width)
+    assert pixels(first).shape[1] in (first.width, 1.5 * first.width)
 
 
 def test_every_piece_can_be_lit_and_no_other() -> None:
