@@ -2,11 +2,14 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from minisd3.widgets import Explorer, follow, slider, text
+from minisd3.pipeline import load
+from minisd3.widgets import Explorer, follow, guidance_explorer, slider, text
 
 STEPS = 20
 
@@ -157,3 +160,18 @@ def test_an_explorer_without_controls_is_refused() -> None:
 def test_follow_shows_the_last_state_and_some_on_the_way() -> None:
     shown = [(done, picture is not None) for done, picture in follow(range(4), 4, lambda _: Image.new("L", (1, 1)), every=3)]
     assert shown == [(0.25, False), (0.5, False), (0.75, True), (1.0, True)]
+
+
+def test_the_guidance_explorer_draws_what_generate_draws(random_model: Path) -> None:
+    sd3 = load(random_model / "sd3_tiny.safetensors")
+    sd3.preset = replace(sd3.preset, steps=2)
+    view = guidance_explorer(sd3, "a red house", scale=1)
+    assert view.image.value == sd3.generate("a red house", progress=False)[0]._repr_png_()
+    guided = {"prompt": "a star", "negative": "red", "seed": 5, "steps": 3, "cfg": 2.0, "slg": 3.0}
+    steps = list(view.draw(**guided))
+    assert [round(done, 2) for done, _ in steps] == [0.33, 0.67, 1.0]
+    assert sd3.preset.slg is not None
+    slg = replace(sd3.preset.slg, scale=3.0)
+    same = sd3.generate("a star", negative="red", seed=5, steps=3, cfg=2.0, slg=slg, progress=False)[0]
+    assert steps[-1][1] is not None
+    assert steps[-1][1]._repr_png_() == same._repr_png_()
