@@ -29,7 +29,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)  # (B C H W) -> (B L D), row by row
+        tokens = self.proj(x).flatten(2).transpose(1, 2)  # (B C H W) -> (B L D), row by row
+        return tokens.contiguous()  # or every sum in every block would inherit the transposed order, which norms must undo
 
 
 def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tensor:
@@ -221,7 +222,10 @@ class Block(BlockInput):
         self.mlp = {"gelu": MLP, "swiglu": SwiGLU}[config.mlp](width, int(width * config.mlp_ratio))
 
     def post_attention(self, x: Tensor, attended: Tensor, m: tuple[Tensor, ...]) -> Tensor:
-        return self.feed_forward(x + m[2] * self.attn.proj(attended), m)
+        return self.feed_forward(self.add_attention(x, attended, m), m)
+
+    def add_attention(self, x: Tensor, attended: Tensor, m: tuple[Tensor, ...]) -> Tensor:
+        return x + m[2] * self.attn.proj(attended)
 
     def feed_forward(self, x: Tensor, m: tuple[Tensor, ...]) -> Tensor:
         return x + m[5] * self.mlp(modulate(self.norm2(x), m[3], m[4]))
@@ -242,12 +246,12 @@ class DualAttentionBlock(Block):
         self.attn2 = SelfAttention(config.hidden_size, config.num_heads, config.qk_norm)
         self.dropout = config.dual_attention_dropout
 
-    def post_attention(self, x: Tensor, attended: Tensor, m: tuple[Tensor, ...]) -> Tensor:
+    def add_attention(self, x: Tensor, attended: Tensor, m: tuple[Tensor, ...]) -> Tensor:
+        own = m[8] * self.attn2(modulate(self.norm1(x), m[6], m[7]))  # from the same x as the joint attention
         joint = m[2] * self.attn.proj(attended)
         if self.training and self.dropout:  # for whole samples, and without rescaling, as in the released code
             joint = joint * torch.empty(len(x), 1, 1, device=x.device, dtype=x.dtype).bernoulli_(1 - self.dropout)
-        own = m[8] * self.attn2(modulate(self.norm1(x), m[6], m[7]))  # from the same x as the joint attention
-        return self.feed_forward(x + joint + own, m)
+        return x + joint + own
 
 
 class FinalContextBlock(BlockInput):
@@ -273,12 +277,15 @@ class JointBlock(nn.Module):
     def forward(self, context: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """context (B L' D), x (B L D), c (B D) -> both streams, changed."""
         m_context, m_x = self.context_block.modulation(c), self.x_block.modulation(c)
-        text, picture = self.context_block.pre_attention(context, m_context), self.x_block.pre_attention(x, m_x)
-        joined = (torch.cat(pair, dim=1) for pair in zip(text, picture, strict=True))  # (B L'+L N d): the text comes first
-        attended = attention(*joined)  # (B L'+L D)
+        attended = attention(*self.join(context, x, m_context, m_x))  # (B L'+L D)
         length = context.shape[1]
-        context = self.context_block.post_attention(context, attended[:, :length], m_context)
-        return context, self.x_block.post_attention(x, attended[:, length:], m_x)
+        x = self.x_block.post_attention(x, attended[:, length:], m_x)
+        return self.context_block.post_attention(context, attended[:, :length], m_context), x
+
+    def join(self, context: Tensor, x: Tensor, m_context: tuple[Tensor, ...], m_x: tuple[Tensor, ...]) -> QKV:
+        """Both streams' queries, keys and values (B L'+L N d), the text's first. What they were joined from ends here, to save memory."""
+        text, picture = self.context_block.pre_attention(context, m_context), self.x_block.pre_attention(x, m_x)
+        return QKV(*(torch.cat(pair, dim=1) for pair in zip(text, picture, strict=True)))
 
 
 class FinalLayer(nn.Module):
