@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from mmap import ACCESS_COPY, ALLOCATIONGRANULARITY, mmap
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -289,7 +290,7 @@ class _Line:
     def rename(self, name: str, to: Layout, last: int) -> tuple[str, str] | None:
         """The name in the other layout and what is done on the way, if `name` fits; `last` is the number of the last block."""
         old, new = (self.released, self.diffusers) if to == "diffusers" else (self.diffusers, self.released)
-        match = re.fullmatch(re.escape(old).replace(r"\*", r"(\w+)") + r"(\.weight|\.bias|)", name)
+        match = _pattern(old).fullmatch(name)
         if not match:
             return None
         *words, leaf = match.groups()
@@ -299,6 +300,12 @@ class _Line:
         if op == "swap-last":
             op = "swap" if words[0] == str(last) else ""
         return new.replace("*", "{}").format(*words) + leaf, op
+
+
+@cache
+def _pattern(name: str) -> re.Pattern[str]:
+    """What fits a name of a table: its words, in place of *, then what the tensor is to its module."""
+    return re.compile(re.escape(name).replace(r"\*", r"(\w+)") + r"(\.weight|\.bias|)")
 
 
 def _table(text: str) -> list[_Line]:
