@@ -129,7 +129,7 @@ def _add_train(one: argparse.ArgumentParser) -> None:
     one.add_argument("--batch", type=int, help="examples a step")
     one.add_argument("--lr", type=float, help="learning rate")
     one.add_argument("--seed", type=int, default=0, help="of the first weights and of every step (default: 0)")
-    one.add_argument("--scenes", type=int, default=20_000, help="pictures that mmdit is trained on, encoded once (default: 20000)")
+    one.add_argument("--scenes", type=int, default=19_000, help="pictures that mmdit is trained on, encoded once (default: 19000)")
 
 
 def _add_evaluate(one: argparse.ArgumentParser) -> None:

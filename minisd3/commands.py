@@ -174,7 +174,7 @@ def inspect(args: Namespace) -> None:
 # --- train ------------------------------------------------------------------------------------------------------------------------
 
 Part = Literal["vae", "clip_l", "clip_g", "t5", "mmdit"]
-STEPS: dict[Part, int] = {"vae": 1750, "clip_l": 245, "clip_g": 220, "t5": 400, "mmdit": 20_000}  # in the order of training
+STEPS: dict[Part, int] = {"vae": 1750, "clip_l": 245, "clip_g": 220, "t5": 400, "mmdit": 1850}  # in the order of training
 
 
 def train(args: Namespace) -> None:

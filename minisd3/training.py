@@ -237,7 +237,7 @@ def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
 
-def train_vae(vae: VAE, run: Path, *, steps: int, batch: int = 16, lr: float = 2e-3, seed: int = 0) -> Iterator[Progress]:
+def train_vae(vae: VAE, run: Path, *, steps: int, batch: int = 16, lr: float = 3e-3, seed: int = 0) -> Iterator[Progress]:
     """Train on scenes that are rendered as they are needed: crops of 64 pixels, whole pictures for the last 15% of the steps."""
 
     def loss(module: nn.Module, step: int, generator: Generator) -> Tensor:
@@ -309,7 +309,7 @@ def drop_prompts(prompts: list[str], generator: Generator, rate: float = 0.1) ->
 
 
 def train_mmdit(
-    mmdit: MMDiT, text: TextEncoders, latents: Tensor, seeds: list[int], run: Path, *, steps: int, batch: int = 64, lr: float = 1e-3,
+    mmdit: MMDiT, text: TextEncoders, latents: Tensor, seeds: list[int], run: Path, *, steps: int, batch: int = 64, lr: float = 4e-3,
     seed: int = 0,
 ) -> Iterator[Progress]:
     """Train on prepared latents (n C h w) of the scenes with these seeds; a caption is phrased anew each time it is drawn."""

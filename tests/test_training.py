@@ -88,7 +88,7 @@ def test_a_killed_run_resumes_to_the_bit(tmp_path: Path, number: signal.Signals)
     if number == signal.SIGINT:  # noted, the loop ends after the step it is in: the sleep of 60 s is cut short by a second Ctrl-C
         time.sleep(0.2)
         os.kill(child.pid, number)
-    child.wait(timeout=30)
+    child.wait(timeout=120)
     child.stdout.close()
     resumed = train(tmp_path / "run", 12)
     assert equal(resumed, train(tmp_path / "whole", 12))
