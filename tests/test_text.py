@@ -401,7 +401,7 @@ def test_a_file_in_the_wrong_place(released: Path) -> None:
 
 def test_a_file_of_another_size(released: Path) -> None:
     (released / "clip_g.safetensors").write_bytes((released / "clip_l.safetensors").read_bytes())
-    with pytest.raises(WeightsError, match=r"17 tensors missing: text_model.*of another shape: .*\(16,\), not \(24,\)"):
+    with pytest.raises(WeightsError, match=r"17 missing: text_model.*wrongly shaped: .*is \(16,\), not \(24,\)"):
         TextEncoders.load(released, CONFIG)
 
 

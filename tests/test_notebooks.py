@@ -1,0 +1,202 @@
+"""The notebooks as files: executed, clean, small, readable, and with exercises whose checks tell right from wrong. No kernel runs here."""
+
+import re
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import nbformat
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+PATHS = sorted(FOLDER.glob("*.ipynb"))
+KINDS = {"text/plain", "text/markdown", "image/png"}
+
+
+@pytest.fixture(params=PATHS, ids=lambda path: path.stem)
+def path(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
+@pytest.fixture
+def cells(path: Path) -> list[Any]:
+    return nbformat.read(path, as_version=4).cells
+
+
+@pytest.fixture
+def code(cells: list[Any]) -> list[Any]:
+    return [cell for cell in cells if cell.cell_type == "code"]
+
+
+def tags(cell: Any) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def lines(cell: Any) -> int:
+    return sum(bool(line.strip()) for line in cell.source.splitlines())
+
+
+def test_there_are_notebooks() -> None:
+    assert PATHS
+
+
+def test_it_is_a_valid_notebook(path: Path) -> None:
+    nbformat.validate(nbformat.read(path, as_version=4))
+
+
+def test_it_was_run_from_top_to_bottom(code: list[Any]) -> None:
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+
+
+def test_it_shows_no_error_and_no_warning(code: list[Any]) -> None:
+    for cell in code:
+        for output in cell.outputs:
+            assert output.output_type != "error" or "raises-exception" in tags(cell), cell.source
+            assert output.get("name") != "stderr", cell.source
+
+
+def test_it_holds_text_and_png_only(path: Path, code: list[Any]) -> None:
+    assert {kind for cell in code for output in cell.outputs for kind in output.get("data", {})} <= KINDS
+    assert "widgets" not in nbformat.read(path, as_version=4).metadata
+
+
+def test_every_picture_has_an_alternative_text(code: list[Any]) -> None:
+    for cell in code:
+        for output in cell.outputs:
+            if "image/png" in output.get("data", {}):
+                assert not output.data.get("text/plain", "<").startswith("<"), cell.source
+
+
+def test_it_is_small(path: Path) -> None:
+    assert path.stat().st_size < 1_000_000
+
+
+def test_headings_begin_with_one_title_and_skip_no_level(cells: list[Any]) -> None:
+    assert cells[0].source.startswith("# ")
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    levels = [len(found) for found in re.findall(r"^(#+) ", text, flags=re.MULTILINE)]
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+
+
+def test_cells_are_short(cells: list[Any], code: list[Any]) -> None:
+    assert 25 <= len(code) <= 45
+    assert median(map(lines, code)) <= 6
+    assert max(map(lines, code)) <= 30
+    assert len(cells) - len(code) >= len(code) / 2
+
+
+def test_cells_use_what_nbval_and_a_second_thread_can_bear(code: list[Any]) -> None:
+    for cell in code:
+        assert not cell.source.rstrip().endswith(";"), cell.source
+        assert not re.search(r"\binteract\b|interactive_output|\bOutput\(|pyplot", cell.source), cell.source
+
+
+def test_three_predictions_and_three_exercises(cells: list[Any]) -> None:
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert len(re.findall(r"\*\*Predict, then run \(\d\)\.\*\*", text)) >= 3
+    assert len(re.findall(r"\*\*Exercise \d\.\*\*", text)) >= 3
+    ids = {cell.id for cell in cells}
+    assert {f"{kind}-{n}" for kind in ("exercise", "check") for n in (1, 2, 3)} <= ids
+
+
+# --- exercises: what a check says to a right answer, and to wrong ones --------------------------------------------------------------
+
+
+def check(notebook: str, number: int, answer: str) -> str:
+    """What the notebook's check prints for an answer, which takes the place of the exercise's cell."""
+    cells = {cell.id: cell.source for cell in nbformat.read(FOLDER / notebook, as_version=4).cells}
+    said: list[str] = []
+    space = {"torch": torch, "print": lambda *words: said.append(" ".join(map(str, words)))}
+    exec(answer, space)  # noqa: S102
+    exec(cells[f"check-{number}"], space)  # noqa: S102
+    return "\n".join(said)
+
+
+GUIDED = "def guided(v_cond, v_uncond, scale):\n    return {}"
+HEUN = """
+def heun_step(velocity, x, t, t_next):
+    v = velocity(x, t)
+    end = x + (t_next - t) * v
+    return {}
+"""
+SAMPLING = [
+    (1, GUIDED.format("v_uncond + scale * (v_cond - v_uncond)"), "right"),
+    (1, GUIDED.format("scale * v_cond + (1 - scale) * v_uncond"), "right"),
+    (1, GUIDED.format("v_cond + scale * (v_cond - v_uncond)"), "start from v_uncond"),
+    (1, GUIDED.format("v_cond + scale * (v_uncond - v_cond)"), "away from the prompt"),
+    (1, GUIDED.format("v_cond"), "the result is (9, 1)"),
+    (1, GUIDED.format("None"), "not written yet"),
+    (2, HEUN.format("x + (t_next - t) * (v + velocity(end, t_next)) / 2"), "right"),
+    (2, HEUN.format("end"), "Euler's step"),
+    (2, HEUN.format("x + (t_next - t) * velocity(end, t_next)"), "far end"),
+    (2, HEUN.format("x + (t_next - t) * velocity((x + end) / 2, (t + t_next) / 2)"), "midpoint"),
+    (2, HEUN.format("x + (t_next - t) * (v + velocity(end, t)) / 2"), "old time"),
+    (2, HEUN.format("x"), "ends at 1.375"),
+    (2, HEUN.format("None"), "not written yet"),
+    (3, "answer = 62", "right"),
+    (3, "answer = 72", "three whole passes"),
+    (3, "answer = 69", "need not repeat"),
+    (3, "answer = 65", "leaves out 7, 8 and 9"),
+    (3, "answer = 50", "not yet"),
+    (3, "answer = None", "not answered yet"),
+]
+
+
+@pytest.mark.parametrize(("number", "answer", "said"), SAMPLING)
+def test_checks_of_sampling(number: int, answer: str, said: str) -> None:
+    result = check("05_sampling_cfg_slg.ipynb", number, answer)
+    assert said in result
+    assert result.startswith("right") == (said == "right")
+
+
+# --- the runner -------------------------------------------------------------------------------------------------------------------
+
+PAGE = """
+import warnings
+from IPython.display import display
+print("one"); print("two")
+display({"image/jpeg": "AAAA", "image/png": "AAAA", "text/plain": "a picture", "text/html": "<b>a picture</b>"}, raw=True)
+"""
+
+
+def write(path: Path, *sources: str) -> Path:
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources]), path)
+    return path
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, FOLDER / "run.py", *arguments], capture_output=True, text=True, check=False)
+
+
+def test_the_runner_writes_the_same_bytes_twice_and_notices_changes(tmp_path: Path) -> None:
+    page = write(tmp_path / "page.ipynb", PAGE, "1 + 1")
+    assert "MiB" in run(page).stdout
+    first = page.read_bytes()
+    assert run(page).returncode == 0
+    assert page.read_bytes() == first
+    code = nbformat.read(page, as_version=4).cells
+    assert code[0].outputs[0].text == "one\ntwo\n"
+    assert set(code[0].outputs[1].data) == {"image/png", "text/plain"}
+    page.write_text(page.read_text().replace('"2"', '"3"'))
+    changed = run("--check", page)
+    assert changed.returncode == 1
+    assert "cell [2] shows something else" in changed.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [("1 / 0", "ZeroDivisionError"), ("import warnings; warnings.warn('careful')", "careful"), ("while True: pass", "longer than 2 s")],
+)
+def test_the_runner_refuses_errors_warnings_and_endless_cells(tmp_path: Path, source: str, said: str) -> None:
+    page = write(tmp_path / "page.ipynb", source)
+    before = page.read_bytes()
+    result = run("--timeout", "2", page)
+    assert result.returncode == 1
+    assert said in result.stderr
+    assert page.read_bytes() == before
