@@ -29,9 +29,8 @@ class ResnetBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))  # (B C' H W)
-        h = self.conv2(F.silu(self.norm2(h)))  # (B C' H W)
-        return self.nin_shortcut(x) + h
+        # in one expression, so that nothing on the way has a name that keeps it in memory
+        return self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x)))))) + self.nin_shortcut(x)
 
 
 class AttnBlock(nn.Module):
