@@ -22,7 +22,7 @@ train: .venv/ready ## train the small family from nothing
 	$(PY) -m minisd3 train $(ARGS)
 
 bench: .venv/ready-test ## time this package against diffusers
-	$(PY) -m benchmarks $(ARGS)
+	$(PY) benchmarks/run.py $(ARGS)
 
 lint: .venv/ready-test ## ruff over the code and the notebooks
 	$(PY) -m ruff check
