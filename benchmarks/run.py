@@ -75,7 +75,7 @@ PLANS = {
     "cpu": Plan(
         (Mode("cpu", torch.float32), Mode("cpu", torch.bfloat16)),
         {"SD3, 8 blocks, 512 wide": PLAIN, "MMDiT-X, 8 blocks (4 dual), 512 wide": DUAL, "VAE": VAEConfig()},
-        picture=256, text=64, skip=(3,), vae_picture=128, seconds=6, rounds=3,
+        picture=256, text=64, skip=(3,), vae_picture=128, seconds=5, rounds=3,
     ),
     "cuda": Plan(
         (Mode("cuda", torch.bfloat16), Mode("cuda", torch.bfloat16, "inductor")),
@@ -243,6 +243,13 @@ def write_random(folder: Path, config: MMDiTConfig | VAEConfig, mode: Mode) -> N
     weights.save_diffusers(folder, model)
 
 
+def tiny(side: Any, config: MMDiTConfig | VAEConfig, mode: Mode) -> Any:
+    """The side with a random model that needs no file any more."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_random(Path(folder), config, mode)
+        return prepared(side, Path(folder), mode)
+
+
 def prepared(side: Any, folder: Path, mode: Mode) -> Any:
     """The loaded side, with nothing left to be read from the file later, and to be compiled where the mode says so."""
     loaded = side(folder, mode)
@@ -312,22 +319,30 @@ def loading(side: Any, folder: Path, mode: Mode) -> float:
 def peaks(side: Any, folder: Path, mode: Mode, plan: Plan, config: Any) -> list[float]:
     """Most bytes in use: of main memory while loading, then of the device's memory in each kind of work."""
     pair, device = PAIRS[type(config)], mode.device
+    bring_in_libraries(side, type(config), mode)
     given = pair.given(plan, config, mode)
-
-    def work(loaded: Any) -> Iterator[float]:
-        for method in pair.work:
-            if mode.backend:
-                getattr(loaded, method)(given)  # compiles, which is not counted
-            restart_peak(device)
-            getattr(loaded, method)(given)
-            yield peak(device)
-
-    _ = [*work(prepared(side, folder, mode))]  # brings in libraries, which are not counted
-    gc.collect()
     before = resident("VmRSS")
     restart_peak("cpu")
     loaded = prepared(side, folder, mode)
-    return [peak("cpu") - before, *(most - (before if device == "cpu" else 0) for most in work(loaded))]
+    found = [peak("cpu") - before]
+    for method in pair.work:
+        if mode.backend:
+            getattr(loaded, method)(given)  # compiles, which is not counted
+        restart_peak(device)
+        getattr(loaded, method)(given)
+        found.append(peak(device) - (before if device == "cpu" else 0))
+    return found
+
+
+def bring_in_libraries(side: Any, kind: type, mode: Mode) -> None:
+    """Do all the work once on a tiny model."""
+    plan, pair = PLANS["quick"], PAIRS[kind]
+    [config] = [config for config in plan.models.values() if type(config) is kind]
+    loaded, given = tiny(side, config, mode._replace(backend=None)), pair.given(plan, config, mode)
+    for method in pair.work:
+        getattr(loaded, method)(given)
+    del loaded
+    gc.collect()
 
 
 def return_what_is_free() -> None:
@@ -428,9 +443,7 @@ def blocks_of_a_step(side: Any, config: MMDiTConfig, skip: tuple[int, ...]) -> t
         nonlocal counted
         counted += len(next(value for value in (*args, *named.values()) if isinstance(value, Tensor)))
 
-    with tempfile.TemporaryDirectory() as folder:
-        write_random(Path(folder), config, mode)
-        loaded = side(Path(folder), mode)
+    loaded = tiny(side, config, mode)
     for part in loaded.parts:
         part.register_forward_pre_hook(count, with_kwargs=True)
     given = Noise.random(plan, config, mode)
@@ -472,7 +485,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=devices, help="only this one of the devices here")
     parser.add_argument("--quick", action="store_true", help="tiny models and two rounds: whether all of it works, not how fast")
-    parser.add_argument("--write", action="store_true", help=f"keep the tables in {README.parent.name}/{README.name}")
+    parser.add_argument("--write", action="store_true", help=f"keep the tables in {README.parent.name}/{README.name}, below its introduction")
     options = parser.parse_args(argv)
     if options.quick and options.write:
         parser.error("--quick measures nothing worth keeping; use --write without it")
@@ -483,7 +496,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             text += say(str(line))
     text += say("\n" + cost_of_skip_layers())
     if options.write:
-        README.write_text(f"# minisd3 against diffusers\n\n{__doc__.partition(chr(10) * 2)[2]}\n`make bench ARGS=--write` makes this page.\n{text}")
+        introduction = README.read_text().partition("\n## ")[0].rstrip()
+        README.write_text(f"{introduction}\n{text}")
 
 
 def say(text: str) -> str:
