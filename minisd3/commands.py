@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from minisd3 import flow, scenes, training
+from minisd3 import flow, recipes, scenes
 from minisd3.config import PRESETS, Preset, SkipLayers, require
 from minisd3.controlnet import HINTS
 from minisd3.evaluate import caption_accuracy, grid, psnr, ssim
@@ -197,30 +197,30 @@ def train(args: Namespace) -> None:
 
 
 def _trainer(args: Namespace, part: Part) -> Callable[..., Iterator[Progress]]:
-    """training.train_... of this part, with a new module to train and the old ones that it needs."""
+    """recipes.train_... of this part, with a new module to train and the old ones that it needs."""
     tiny, text, tokenizers = PRESETS["tiny"], PRESETS["tiny"].text, MODELS / "tiny" / "text_encoders"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         if part == "vae":
-            return partial(training.train_vae, VAE(tiny.vae))
+            return partial(recipes.train_vae, VAE(tiny.vae))
         if part == "mmdit":
-            return partial(training.train_mmdit, MMDiT(tiny.mmdit), _text(args.folder), *_latents(args))
+            return partial(recipes.train_mmdit, MMDiT(tiny.mmdit), _text(args.folder), *_latents(args))
         if part == "t5":
             encoders = TextEncoders(text, t5=t5_tower(text.t5), t5_tokenizer=T5Tokenizer.from_pretrained(tokenizers / "t5_tokenizer"))
-            return partial(training.train_t5, encoders)
+            return partial(recipes.train_t5, encoders)
         config = getattr(text, part)
         tokenizer = CLIPTokenizer.from_pretrained(tokenizers / "clip_tokenizer")
         tower: dict[str, Any] = {part: clip_tower(config, text.clip_length)}
         encoders = TextEncoders(text, clip_tokenizer=tokenizer, **tower)
-        return partial(training.train_clip, encoders, part, ImageTower(config.width))
+        return partial(recipes.train_clip, encoders, part, ImageTower(config.width))
 
 
 def _latents(args: Namespace) -> tuple[Tensor, list[int]]:
     """Those of the training scenes, encoded on the first call."""
-    shards = training.prepare_latents(_vae(args.folder), args.folder / "latents", range(args.scenes))
+    shards = recipes.prepare_latents(_vae(args.folder), args.folder / "latents", range(args.scenes))
     for _ in tqdm(shards, desc="latents", unit="shard", total=-(-args.scenes // 1000)):
         pass
-    return training.load_latents(args.folder / "latents")
+    return recipes.load_latents(args.folder / "latents")
 
 
 def _vae(folder: Path) -> VAE:

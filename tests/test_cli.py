@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minisd3 import commands, training
+from minisd3 import commands, recipes, training
 from minisd3.__main__ import main
 from minisd3.config import PRESETS
 
@@ -232,17 +232,17 @@ def test_training_goes_on_where_it_stopped(
     packaged: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["train", "vae", "--folder", str(packaged / "run"), "--batch", "4"]
-    real = training.train_vae
+    real = recipes.train_vae
 
     def stopped(*args: Any, **named: Any) -> Any:
         for progress in real(*args, **named):
             yield progress
             return
 
-    monkeypatch.setattr(training, "train_vae", stopped)
+    monkeypatch.setattr(recipes, "train_vae", stopped)
     assert main([*words, "--steps", "2"]) == 130
     assert "stopped at step 1 of 2; the same command goes on from there" in capsys.readouterr().err
-    monkeypatch.setattr(training, "train_vae", real)
+    monkeypatch.setattr(recipes, "train_vae", real)
     assert main([*words, "--steps", "2"]) == 0
     log = [json.loads(line)["step"] for line in (packaged / "run" / "vae" / "log.jsonl").read_text().splitlines()]
     assert log == [1, 2]

@@ -15,7 +15,7 @@ LAYERS = [
     {"attention", "flow", "formats", "scenes"},
     {"vae", "mmdit", "text", "guidance", "sampling"},
     {"controlnet", "training", "introspect", "evaluate"},
-    {"weights"},
+    {"weights", "recipes"},
     {"pipeline"},
     {"__init__", "plots", "widgets", "commands"},
     {"__main__"},

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer, T5Tokenizer
 
 import minisd3
-from minisd3 import scenes, training
+from minisd3 import recipes, scenes
 from minisd3.config import PRESETS
 from minisd3.scenes import HELD_OUT, Scene, Thing
 from minisd3.text import ImageTower, TextEncoders, clip_tower, read_clip, t5_tower
@@ -63,7 +63,7 @@ def test_a_picture_knows_its_colours(encoders: TextEncoders, image_towers: dict[
     next_colour = dict(zip(scenes.COLOURS, turned, strict=True))
     others = [replace(s, things=(replace(s.things[0], colour=next_colour[s.things[0].colour]), s.things[1])) for s in pairs]
     true, false = (embed(encoders, name, [scene.caption() for scene in some]) for some in (pairs, others))
-    images = F.normalize(image_towers[name](training._pictures(pairs)), dim=-1)
+    images = F.normalize(image_towers[name](recipes._pictures(pairs)), dim=-1)
     assert (((true - false) * images).sum(1) > 0).float().mean() >= 0.85
 
 
@@ -82,7 +82,7 @@ def kinds_and_colours(encoders: TextEncoders, seeds: Sequence[int]) -> tuple[Ten
     rows = [row for caption in scenes.captions(seeds) if (row := encoders.tokenize(caption).t5)]
     states = encoders.t5(torch.tensor([row.ids for row in rows])).last_hidden_state
     colours = torch.tensor(
-        [training._grounds(scenes.scene(seed), row)[:2] for seed, row in zip(seeds, rows, strict=True)]
+        [recipes._grounds(scenes.scene(seed), row)[:2] for seed, row in zip(seeds, rows, strict=True)]
     )  # (B 2 L)
     named = torch.tensor([[piece.removeprefix("▁") in scenes.KINDS for piece in row.pieces] for row in rows])
     x = states[named]
@@ -131,7 +131,7 @@ def test_the_files_are_small_and_in_half_precision() -> None:
 
 
 def test_tokenizers_can_be_trained_anew(tmp_path: Path) -> None:
-    training.train_tokenizers(tmp_path)
+    recipes.train_tokenizers(tmp_path)
     clip, t5 = CLIPTokenizer.from_pretrained(tmp_path / "clip_tokenizer"), T5Tokenizer.from_pretrained(tmp_path / "t5_tokenizer")
     assert len(clip) == clip.eos_token_id + 1 == CONFIG.clip_l.vocab and clip.convert_ids_to_tokens(0) == "!"
     assert len(t5) == CONFIG.t5.vocab and t5.convert_ids_to_tokens([0, 1, 2]) == ["<pad>", "</s>", "<unk>"]
@@ -141,21 +141,21 @@ def test_tokenizers_can_be_trained_anew(tmp_path: Path) -> None:
 def test_contrastive_loss_in_closed_form() -> None:
     logits = torch.tensor([[2.0, 0.0, 5.0], [1.0, 3.0, 0.0], [5.0, 1.0, 2.0]])
     expected = (F.cross_entropy(logits, torch.arange(3)) + F.cross_entropy(logits.T, torch.arange(3))) / 2
-    torch.testing.assert_close(training.contrastive_loss(logits, ["a", "b", "c"]), expected)
+    torch.testing.assert_close(recipes.contrastive_loss(logits, ["a", "b", "c"]), expected)
     cut = logits.clone()
     cut[0, 2] = cut[2, 0] = -1e9  # 0 and 2 say the same, so neither is the other's wrong answer
     expected = (F.cross_entropy(cut, torch.arange(3)) + F.cross_entropy(cut.T, torch.arange(3))) / 2
-    torch.testing.assert_close(training.contrastive_loss(logits, ["a", "b", "a"]), expected)
+    torch.testing.assert_close(recipes.contrastive_loss(logits, ["a", "b", "a"]), expected)
 
 
 def test_rivals_differ_in_one_respect() -> None:
     rng, bases = Random(0), [scenes.scene(seed) for seed in range(300)]
     for base in bases:
-        other = training.rival(base, rng)
+        other = recipes.rival(base, rng)
         assert (other.background, other.relation, len(other.things)) == (base.background, base.relation, len(base.things))
         assert not any(scenes.held_out(thing.kind, thing.colour, base.background) for thing in other.things)
         assert [(t.x, t.y, t.size) for t in other.things] == [(t.x, t.y, t.size) for t in base.things]
-    changed = [training.rival(base, rng) != base for base in bases]
+    changed = [recipes.rival(base, rng) != base for base in bases]
     assert sum(changed) / len(changed) > 0.8  # an exchange of equal colours changes nothing
 
 
@@ -164,7 +164,7 @@ def test_grounding_marks_the_words_of_each_thing(encoders: TextEncoders) -> None
     scene = Scene("sea", (red, blue), "left")
     row = encoders.tokenize(scene.caption(6)).t5  # told from the boat's side
     assert row is not None and row.pieces[:10] == ["▁a", "▁blue", "▁boat", "▁to", "▁the", "▁right", "▁of", "▁a", "▁red", "▁fish"]
-    kinds, colours, backgrounds, places = training._grounds(scene, row)
+    kinds, colours, backgrounds, places = recipes._grounds(scene, row)
     boat, fish, none = list(scenes.KINDS).index("boat"), list(scenes.KINDS).index("fish"), -100
     assert kinds[:10] == [none, boat, boat, none, none, none, none, none, fish, fish]
     assert colours[1] == list(scenes.COLOURS).index("blue") and places[9] == [0.3, 0.4, 0.4]
@@ -182,7 +182,7 @@ def test_training_lowers_the_losses(encoders: TextEncoders, tmp_path: Path) -> N
     with torch.random.fork_rng():
         torch.manual_seed(0)
         clip, t5, image = small("clip_l", encoders), small("t5", encoders), ImageTower(32, width=8)
-    losses = [p.loss for p in training.train_clip(clip, "clip_l", image, tmp_path / "clip", steps=12, batch=16, lr=1e-2)]
+    losses = [p.loss for p in recipes.train_clip(clip, "clip_l", image, tmp_path / "clip", steps=12, batch=16, lr=1e-2)]
     assert sum(losses[-3:]) < sum(losses[:3])
-    losses = [p.loss for p in training.train_t5(t5, tmp_path / "t5", steps=12, batch=16, lr=1e-2)]
+    losses = [p.loss for p in recipes.train_t5(t5, tmp_path / "t5", steps=12, batch=16, lr=1e-2)]
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])

@@ -15,20 +15,8 @@ from torch import Generator, Tensor, nn
 from minisd3 import flow
 from minisd3.config import MMDiTConfig, VAEConfig
 from minisd3.mmdit import MMDiT
-from minisd3.training import (
-    Optimizer,
-    averaged,
-    batched,
-    drop_prompts,
-    fit,
-    flow_loss,
-    kl_divergence,
-    load_latents,
-    prepare_latents,
-    random_crops,
-    step_generator,
-    trapezoid,
-)  # fmt: skip
+from minisd3.recipes import batched, drop_prompts, load_latents, prepare_latents, random_crops
+from minisd3.training import Optimizer, averaged, fit, flow_loss, kl_divergence, step_generator, trapezoid
 from minisd3.types import Conditioning
 from minisd3.vae import VAE
 

@@ -1,0 +1,286 @@
+"""How each part of the tiny family is trained: its data, its loss, and the run that `training.fit` makes of them."""
+
+import io
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import islice, pairwise
+from pathlib import Path
+from pydoc_data.topics import topics
+from random import Random
+from typing import Literal
+
+import numpy as np
+import sentencepiece
+import tokenizers
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Generator, Tensor, nn
+from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
+from minisd3 import scenes
+from minisd3.formats import write
+from minisd3.mmdit import MMDiT
+from minisd3.scenes import Scene
+from minisd3.text import ImageTower, Row, TextEncoders, read_clip
+from minisd3.training import Progress, fit, flow_loss, vae_loss
+from minisd3.vae import VAE
+
+# --- the VAE ---------------------------------------------------------------------------------------------------------------------
+
+
+def train_vae(vae: VAE, run: Path, *, steps: int, batch: int = 16, lr: float = 3e-3, seed: int = 0) -> Iterator[Progress]:
+    """Train on scenes that are rendered as they are needed: crops of 64 pixels, whole pictures for the last 15% of the steps."""
+
+    def loss(module: nn.Module, step: int, generator: Generator) -> Tensor:
+        assert isinstance(module, VAE)
+        whole = step >= 0.85 * steps
+        image = scenes.pictures(random_seeds(batch // 4 if whole else batch, generator))  # (B 3 128 128)
+        if not whole:
+            image = random_crops(image, 64, generator)
+        return vae_loss(module, image, generator)
+
+    return fit(vae, loss, run, steps=steps, lr=lr, seed=seed)
+
+
+def batched(items: Iterable[int], n: int) -> Iterator[list[int]]:
+    """Lists of n items, the last one maybe shorter."""
+    every = iter(items)
+    while chunk := list(islice(every, n)):
+        yield chunk
+
+
+def random_seeds(n: int, generator: Generator) -> list[int]:
+    """n seeds of training scenes."""
+    return torch.randint(scenes.HELD_OUT, (n,), generator=generator).tolist()
+
+
+def random_crops(image: Tensor, size: int, generator: Generator) -> Tensor:
+    """A random square of each picture: (B 3 H W) -> (B 3 size size)."""
+    tops, lefts = (torch.randint(side - size + 1, (len(image),), generator=generator).tolist() for side in image.shape[2:])
+    return torch.stack([x[:, i : i + size, j : j + size] for x, i, j in zip(image, tops, lefts, strict=True)])
+
+
+# --- the transformer -------------------------------------------------------------------------------------------------------------
+
+
+def prepare_latents(vae: VAE, folder: Path, seeds: Iterable[int], *, shard: int = 1000) -> Iterator[Path]:
+    """Encode scenes once: shards of normalised latents (n C h w) in fp16 with their seeds, written atomically; finished ones are kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for chunk in batched(seeds, shard):
+        path = folder / f"{chunk[0]:09d}.safetensors"
+        if not path.exists():
+            with torch.no_grad():
+                latents = [vae.normalize(vae.encode(scenes.pictures(part))[0]) for part in batched(chunk, 50)]
+            write(path, {"latents": torch.cat(latents).half(), "seeds": torch.tensor(chunk)})
+        yield path
+
+
+def load_latents(folder: Path) -> tuple[Tensor, list[int]]:
+    """All shards of a folder: latents (n C h w) in fp16, and the seeds of their scenes."""
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise FileNotFoundError(f"{folder} holds no prepared latents; make them with `python -m minisd3 train mmdit`, or prepare_latents")
+    shards = [load_file(path) for path in paths]
+    return torch.cat([s["latents"] for s in shards]), torch.cat([s["seeds"] for s in shards]).tolist()
+
+
+def drop_prompts(prompts: list[str], generator: Generator, rate: float = 0.1) -> list[str]:
+    """Some prompts made empty, so that the model also learns the unconditional velocity that CFG needs (Ho & Salimans 2022)."""
+    dropped = (torch.rand(len(prompts), generator=generator) < rate).tolist()
+    return ["" if drop else prompt for prompt, drop in zip(prompts, dropped, strict=True)]
+
+
+def train_mmdit(
+    mmdit: MMDiT, text: TextEncoders, latents: Tensor, seeds: list[int], run: Path, *, steps: int, batch: int = 64, lr: float = 4e-3,
+    seed: int = 0,
+) -> Iterator[Progress]:
+    """Train on prepared latents (n C h w) of the scenes with these seeds; a caption is phrased anew each time it is drawn."""
+    drawn = [scenes.scene(s) for s in seeds]
+
+    def loss(module: nn.Module, step: int, generator: Generator) -> Tensor:
+        assert isinstance(module, MMDiT)
+        index = torch.randint(len(drawn), (batch,), generator=generator)
+        manner = torch.randint(scenes.PHRASINGS, (batch,), generator=generator)
+        prompts = [drawn[i].caption(m) for i, m in zip(index.tolist(), manner.tolist(), strict=True)]
+        cond = text.encode(drop_prompts(prompts, generator))
+        return flow_loss(module, latents[index].float(), cond, generator)
+
+    return fit(mmdit, loss, run, steps=steps, lr=lr, seed=seed)
+
+
+# --- the text encoders of the tiny family ------------------------------------------------------------------------------------------
+
+
+def train_tokenizers(folder: Path, *, clip_vocab: int = 1024, t5_vocab: int = 512) -> None:
+    """CLIP's byte-pair and T5's unigram vocabulary: each caption word one token, and pieces of English to spell others with.
+
+    English is the 1500 commonest words of Python's own reference, so the pieces depend a little on Python's version (shipped: 3.11).
+    """
+    counted = Counter(word for text in topics.values() for word in re.findall("[a-z]{3,}", text.lower()))
+    english = [word for word, _ in counted.most_common(1500)]
+    text = [word for word in scenes.VOCABULARY for _ in range(2000)] + english
+    _train_clip_tokenizer(folder / "clip_tokenizer", text, clip_vocab)
+    # sentencepiece proposes only what occurs in two words, so each caption word is also given an s
+    _train_t5_tokenizer(folder / "t5_tokenizer", text + [f"{word}s" for word in scenes.VOCABULARY], t5_vocab)
+
+
+def _train_clip_tokenizer(folder: Path, text: list[str], size: int) -> None:
+    """In CLIP's order: 256 bytes (printable ones first, so that 0 is "!"), the same ending a word, merges, start and end token."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    learner = tokenizers.Tokenizer(tokenizers.models.BPE(end_of_word_suffix="</w>"))
+    learner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    merges = size - 2 * len(symbols) - 2
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, end_of_word_suffix="</w>", show_progress=False)
+    learner.train_from_iterator([word for word in text if word.isalpha()], trainer)
+    pairs = json.loads(learner.to_str())["model"]["merges"][:merges]
+    names = [*symbols, *(f"{s}</w>" for s in symbols), *(a + b for a, b in pairs), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate(names)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in pairs), ""]))
+
+
+def _train_t5_tokenizer(folder: Path, text: list[str], size: int) -> None:
+    """With T5's special tokens; capitals are read as small letters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    small = folder / "small.tsv"
+    small.write_text("".join(f"{capital:X}\t{capital + 32:X}\n" for capital in range(65, 91)))
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_writer=model, vocab_size=size, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, pad_piece="<pad>",
+        normalization_rule_tsv=str(small), required_chars="".join(map(chr, range(33, 65))) + "abcdefghijklmnopqrstuvwxyz", minloglevel=2,
+    )  # fmt: skip
+    small.unlink()
+    (folder / "spiece.model").write_bytes(model.getvalue())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 0}))
+
+
+class Contrast(nn.Module):
+    """A CLIP text tower and the image tower that it is trained against (Radford et al. 2021)."""
+
+    def __init__(self, text: CLIPTextModelWithProjection, image: ImageTower, *, project: bool) -> None:
+        super().__init__()
+        self.text, self.image, self.project = text, image, project
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self, image: Tensor, ids: Tensor) -> Tensor:
+        """image (B 3 H W), ids (C L) -> (B C): how well each caption fits each picture, before a softmax."""
+        _, pooled = read_clip(self.text, ids, project=self.project)
+        return self.logit_scale.exp() * F.normalize(self.image(image), dim=-1) @ F.normalize(pooled, dim=-1).T
+
+
+def contrastive_loss(logits: Tensor, names: list[str]) -> Tensor:
+    """Each picture should find its caption among all, and each caption its picture. Others of the same name are no wrong answers."""
+    number = {name: i for i, name in enumerate(names)}
+    label = torch.tensor([number[name] for name in names])
+    target = torch.arange(len(names))
+    others = (label[:, None] == label) & (target[:, None] != target)  # (B B)
+    logits = logits.masked_fill(others, -torch.inf)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def rival(scene: Scene, rng: Random) -> Scene:
+    """The scene but for one thing: two objects have exchanged colours or places, or the first has another colour or kind."""
+    while True:
+        first, *rest = scene.things
+        if rest and rng.random() < 0.75:
+            kinds = (first.kind, rest[0].kind) if rng.random() < 0.5 else (rest[0].kind, first.kind)
+            second = replace(rest[0], kind=kinds[1], colour=first.colour)
+            things = (replace(first, kind=kinds[0], colour=rest[0].colour), second, *rest[1:])
+        elif rng.random() < 0.5:
+            things = (replace(first, colour=rng.choice(list(scenes.COLOURS))), *rest)
+        else:
+            things = (replace(first, kind=rng.choice(list(scenes.KINDS))), *rest)
+        if not any(scenes.held_out(thing.kind, thing.colour, scene.background) for thing in set(things) - set(scene.things)):
+            return replace(scene, things=things)
+
+
+def train_clip(
+    encoders: TextEncoders, name: Literal["clip_l", "clip_g"], image: ImageTower, run: Path, *, steps: int, batch: int = 256,
+    lr: float = 2e-3, seed: int = 0,
+) -> Iterator[Progress]:  # fmt: skip
+    """Train a CLIP tower with its image tower. Half of a batch are rivals of the other half, so that order and colours must be read."""
+
+    def loss(module: nn.Module, step: int, generator: Generator) -> Tensor:
+        rng = _random(generator)
+        drawn = [scenes.scene(s) for s in random_seeds(batch // 2, generator)]
+        drawn += [rival(scene, rng) for scene in drawn]
+        read = [encoders.tokenize(scene.caption(rng.randrange(scenes.PHRASINGS))) for scene in drawn]
+        ids = torch.tensor([getattr(tokens, name).ids for tokens in read])
+        return contrastive_loss(module(_pictures(drawn), ids), [scene.caption() for scene in drawn])
+
+    tower, config = getattr(encoders, name), getattr(encoders.config, name)
+    return fit(Contrast(tower.train(), image, project=config.project), loss, run, steps=steps, lr=lr, seed=seed)
+
+
+class Grounded(nn.Module):
+    """T5 with one linear map that reads kind, colour, background, and x, y and size from every token's vector."""
+
+    PARTS = (len(scenes.KINDS), len(scenes.COLOURS), len(scenes.BACKGROUNDS), 3)
+
+    def __init__(self, tower: T5EncoderModel) -> None:
+        super().__init__()
+        self.tower = tower
+        self.head = nn.Linear(tower.config.d_model, sum(self.PARTS))
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
+        """ids (B L) -> (B L 10), (B L 8), (B L 7), (B L 3)"""
+        return self.head(self.tower(ids).last_hidden_state).split(self.PARTS, dim=-1)
+
+
+def grounding_loss(module: nn.Module, drawn: list[Scene], rows: list[Row]) -> Tensor:
+    """The words "red fish" should know which of the scene's objects they name, where it stands and how large it is; every word where
+    the scene is. Unlike T5's own task, filling in gaps, this teaches which colour belongs to which thing."""
+    kind, colour, background, place = module(torch.tensor([row.ids for row in rows]))
+    wanted = [_grounds(scene, row) for scene, row in zip(drawn, rows, strict=True)]
+    kinds, colours, backgrounds, places = (torch.tensor(part) for part in zip(*wanted, strict=True))  # (B L), and (B L 3)
+    named = (kinds >= 0)[..., None]
+    error = ((place - places).square() * named).sum() / named.sum()
+    classes = (kind, kinds), (colour, colours), (background, backgrounds)
+    return sum((F.cross_entropy(x.flatten(0, 1), y.flatten()) for x, y in classes), 20 * error)  # error is of fractions, so small
+
+
+def _grounds(scene: Scene, row: Row) -> tuple[list[int], list[int], list[int], list[list[float]]]:
+    """For each token kind, colour, background and place; -100, which the loss passes over, where it has none."""
+    names = [piece.removeprefix("▁") for piece in row.pieces]
+    owner = {}
+    for i, look in enumerate(pairwise(names)):
+        for thing in scene.things:
+            if look == (thing.colour, thing.kind):
+                owner[i] = owner[i + 1] = thing
+    spots = [owner.get(i) for i in range(len(names))]
+    return (
+        [list(scenes.KINDS).index(thing.kind) if thing else -100 for thing in spots],
+        [list(scenes.COLOURS).index(thing.colour) if thing else -100 for thing in spots],
+        [-100 if pad else list(scenes.BACKGROUNDS).index(scene.background) for pad in row.pads],
+        [[thing.x, thing.y, thing.size] if thing else [0.0, 0.0, 0.0] for thing in spots],
+    )
+
+
+def train_t5(encoders: TextEncoders, run: Path, *, steps: int, batch: int = 64, lr: float = 2e-3, seed: int = 0) -> Iterator[Progress]:
+    """Train the T5 encoder on captions. SD3 has no use for T5's decoder, so there is none."""
+
+    def loss(module: nn.Module, step: int, generator: Generator) -> Tensor:
+        rng = _random(generator)
+        drawn = [scenes.scene(s) for s in random_seeds(batch, generator)]
+        read = [encoders.tokenize(scene.caption(rng.randrange(scenes.PHRASINGS))).t5 for scene in drawn]
+        return grounding_loss(module, drawn, [row for row in read if row])
+
+    assert encoders.t5 is not None
+    return fit(Grounded(encoders.t5.train()), loss, run, steps=steps, lr=lr, seed=seed)
+
+
+def _random(generator: Generator) -> Random:
+    """Python's randomness, from a generator of torch's."""
+    return Random(int(torch.randint(2**62, (), generator=generator)))
+
+
+def _pictures(drawn: list[Scene]) -> Tensor:
+    """(B 3 128 128) in [-1, 1]"""
+    pixels = np.stack([np.asarray(scene.render()) for scene in drawn])  # (B H W 3)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous() / 127.5 - 1
