@@ -3,6 +3,8 @@
 None of it needs a line in the models: attention is seen by a torch function mode, shapes by forward hooks.
 """
 
+import inspect
+import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -222,6 +224,7 @@ class ShapeRow(NamedTuple):
     output: Shapes
     parameters: int  # of one
     times: int = 1  # so many of them in a row, all alike
+    does: str = ""
 
     def among(self, level: int, word: str, times: int) -> "ShapeRow":
         """The row of a whole run: its own with another word in its name."""
@@ -321,7 +324,10 @@ def shape_table(module: nn.Module, *inputs: Any, depth: int = 1, **named: Any) -
             handle.remove()
     shown = [name for name in order if name in parts and _deep(name) <= depth]
     shown.sort(key=lambda name: [order[ancestor] for ancestor in _path(name)])
-    rows = [ShapeRow(n, type(parts[n]).__name__, *seen.get(n, ((), ())), _count(parts[n].parameters())) for n in shown]
+    rows = [
+        ShapeRow(n, type(parts[n]).__name__, *seen.get(n, ((), ())), _count(parts[n].parameters()), does=_does(parts[n]))
+        for n in shown
+    ]
     return Table(tuple(_fold(rows)))
 
 
@@ -339,6 +345,23 @@ def parameter_table(module: nn.Module, *, depth: int = 1) -> Table[ParameterRow]
     total = _count(module.parameters())
     rows = [ParameterRow(name, len(held), _count(held), _count(held) / total) for name, held in parts.items()]
     return Table((*rows, ParameterRow("sum", sum(row.tensors for row in rows), total, 1.0)))
+
+
+def _does(part: nn.Module) -> str:
+    """What a module does: torch's commonest in a few words, any other in the first sentence of its docstring."""
+    match part:
+        case nn.Conv2d():
+            stride = f", stride {part.stride[0]}" if part.stride[0] > 1 else ""
+            return f"{part.kernel_size[0]} x {part.kernel_size[1]} convolution{stride}"
+        case nn.GroupNorm():
+            return f"norm of {part.num_groups} groups of channels"
+        case nn.LayerNorm() | nn.RMSNorm():
+            return "norm of each token"
+        case nn.Linear():
+            return "linear map"
+        case nn.Sequential() if type(part) is nn.Sequential:
+            return "its parts, one after another"
+    return " ".join(re.split(r"\.(?:\s|$)", inspect.getdoc(type(part)) or "")[0].split())
 
 
 def _count(tensors: Iterable[Tensor]) -> int:

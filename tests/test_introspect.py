@@ -229,6 +229,16 @@ def test_shape_table_goes_deep_in_the_order_of_work(model: MMDiT) -> None:
     assert all(len(part._forward_hooks) == 0 for part in model.modules())
 
 
+def test_shape_table_says_what_each_part_does() -> None:
+    vae = VAE(PRESETS["tiny"].vae)
+    rows = {row.name: row.does for row in shape_table(vae.encoder, torch.zeros(1, 3, 16, 16), depth=4).rows}
+    assert rows["down.0.block.0.conv1"] == "3 x 3 convolution" and rows["down.0.downsample.conv"] == "3 x 3 convolution, stride 2"
+    assert rows["down.0.block.0.norm1"] == "norm of 8 groups of channels"
+    assert rows["down.0.block"] == "its parts, one after another"
+    assert rows["mid.attn_1"] == "Self-attention of one head between all cells of the coarsest level"
+    assert rows["down.0"].startswith("The residual blocks of one resolution")  # said by the class it is made from
+
+
 def test_parameter_table(model: MMDiT) -> None:
     table = parameter_table(model, depth=3)
     rows = {row.name: row for row in table.rows}
