@@ -361,7 +361,8 @@ def _does(part: nn.Module) -> str:
             return "linear map"
         case nn.Sequential() if type(part) is nn.Sequential:
             return "its parts, one after another"
-    return " ".join(re.split(r"\.(?:\s|$)", inspect.getdoc(type(part)) or "")[0].split())
+    uncited = re.sub(r"\s\([^()]*\d{4}[^()]*\)", "", inspect.getdoc(type(part)) or "")
+    return " ".join(re.split(r"\.(?:\s|$)", uncited)[0].split())
 
 
 def _count(tensors: Iterable[Tensor]) -> int:
