@@ -46,18 +46,30 @@ the path of its .safetensors. Settings are those that `generate` takes where not
 
 def parser(settings: Mapping[str, Any] | None = None) -> argparse.ArgumentParser:
     """All commands with their options; `settings` are other defaults of `generate`."""
-    top = argparse.ArgumentParser("python -m minisd3", description="Stable Diffusion 3 and 3.5, and a small family that runs anywhere.")
+    top = argparse.ArgumentParser(
+        "python -m minisd3", description="Stable Diffusion 3 and 3.5, and a small family that runs anywhere."
+    )
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
     parts: list[tuple[str, str, str, Any]] = [
         ("generate", "draw pictures of prompts", GENERATE, _add_generate),
         ("models", "list the models and their settings", MODELS, lambda one: None),
-        ("inspect", "say what a checkpoint is", INSPECT, lambda one: one.add_argument("file", help=".safetensors, or a folder of them")),
+        (
+            "inspect",
+            "say what a checkpoint is",
+            INSPECT,
+            lambda one: one.add_argument("file", help=".safetensors, or a folder of them"),
+        ),
         ("train", "train the small family", TRAIN, _add_train),
         ("evaluate", "measure a model of the small family", EVALUATE, _add_evaluate),
     ]
     for name, purpose, more, add in parts:
         one = commands.add_parser(
-            name, help=purpose, description=purpose, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+            name,
+            help=purpose,
+            description=purpose,
+            epilog=more,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         add(one)
         one.add_argument("--traceback", action="store_true", help="show where an error comes from")
@@ -69,11 +81,15 @@ def parser(settings: Mapping[str, Any] | None = None) -> argparse.ArgumentParser
 def _add_model(one: argparse.ArgumentParser) -> None:
     """Which model, and where it computes."""
     model = one.add_argument_group("the model")
-    model.add_argument("--model", default="tiny", help="tiny, a released .safetensors, a diffusers folder or its hub id (default: tiny)")
+    model.add_argument(
+        "--model", default="tiny", help="tiny, a released .safetensors, a diffusers folder or its hub id (default: tiny)"
+    )
     model.add_argument("--text-encoders", metavar="FOLDER", help="of clip_l, clip_g and t5xxl (default: beside the model)")
     model.add_argument("--without", action="append", choices=("clip_l", "clip_g", "t5"), help="an encoder to do without")
     model.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
-    model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: bfloat16 on CUDA, float32 on the CPU)")
+    model.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="(default: bfloat16 on CUDA, float32 on the CPU)"
+    )
     model.add_argument("--low-memory", action="store_true", help="on a GPU: only the part at work is there")
 
 
@@ -88,10 +104,14 @@ def _add_generate(one: argparse.ArgumentParser) -> None:
     picture.add_argument("--width", type=int)
     picture.add_argument("--steps", type=int)
     picture.add_argument("--cfg", type=float, help="how far to follow the prompt; 1 turns guidance off")
-    picture.add_argument("--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"), help="times at which cfg acts")
+    picture.add_argument(
+        "--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"), help="times at which cfg acts"
+    )
     picture.add_argument("--sampler", choices=("euler", "heun", "dpmpp_2m"))
     picture.add_argument("--shift", type=float, help="moves the steps' times towards noise; 1 leaves them")
-    picture.add_argument("--schedule", choices=("sd3", "uniform"), default="sd3", help="the released grid of times, or the textbook's")
+    picture.add_argument(
+        "--schedule", choices=("sd3", "uniform"), default="sd3", help="the released grid of times, or the textbook's"
+    )
     skip = one.add_argument_group("skip-layer guidance")
     skip.add_argument("--slg", action="store_true", help="as the preset has it")
     skip.add_argument("--slg-layers", type=_numbers, metavar="7,8,9", help="blocks to leave out")
@@ -103,7 +123,9 @@ def _add_generate(one: argparse.ArgumentParser) -> None:
     start.add_argument("--strength", type=float, default=0.8, help="how much of it may change, above 0 to 1 (default: 0.8)")
     start.add_argument("--mask", metavar="FILE", help="white is drawn anew, black is kept")
     control = one.add_argument_group("ControlNet")
-    control.add_argument("--controlnet", action="append", metavar="FILE", help="may be given several times, with a --control for each")
+    control.add_argument(
+        "--controlnet", action="append", metavar="FILE", help="may be given several times, with a --control for each"
+    )
     control.add_argument("--control", action="append", metavar="FILE", help="its hint: a picture of edges, blurred, or of depth")
     control.add_argument("--make-hint", choices=("canny", "blur"), help="make the hints out of the --control pictures")
     control.add_argument("--control-strength", type=float, default=1.0)
@@ -112,7 +134,9 @@ def _add_generate(one: argparse.ArgumentParser) -> None:
     output = one.add_argument_group("output")
     output.add_argument("--out", type=Path, metavar="FILE", help="a .png; several get -2, -3, ... (default: a free name in out/)")
     output.add_argument("--grid", action="store_true", help="all in one picture: a row for each prompt, a column for each seed")
-    output.add_argument("--from", dest="settings_of", metavar="FILE", help="settings of a picture made here; what is given comes first")
+    output.add_argument(
+        "--from", dest="settings_of", metavar="FILE", help="settings of a picture made here; what is given comes first"
+    )
     output.add_argument("-f", "--force", action="store_true", help="overwrite files that exist")
     output.add_argument("--tiled", action="store_true", help="decode in tiles: large pictures in less memory")
     output.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -123,13 +147,15 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _add_train(one: argparse.ArgumentParser) -> None:
-    one.add_argument("part", nargs="?", choices=("vae", "clip", "t5", "mmdit"), help="what to train (default: all, in this order)")
+    one.add_argument(
+        "part", nargs="?", choices=("vae", "clip", "t5", "mmdit", "controlnet"), help="what to train (default: all, in this order)"
+    )
     one.add_argument("--folder", type=Path, default=Path("runs/tiny"), help="of the runs, one for each part (default: runs/tiny)")
     one.add_argument("--steps", type=int, help="(default: as many as the shipped model had)")
     one.add_argument("--batch", type=int, help="examples a step")
     one.add_argument("--lr", type=float, help="learning rate")
     one.add_argument("--seed", type=int, default=0, help="of the first weights and of every step (default: 0)")
-    one.add_argument("--scenes", type=int, default=19_000, help="pictures that mmdit is trained on, encoded once (default: 19000)")
+    one.add_argument("--scenes", type=int, default=19_000, help="scenes that mmdit is trained on, encoded once (default: 19000)")
 
 
 def _add_evaluate(one: argparse.ArgumentParser) -> None:
@@ -156,7 +182,9 @@ def main(words: Sequence[str] | None = None) -> int:
             getattr(commands, args.command)(args)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         notes = getattr(error, "__notes__", [])
-        if args.traceback or (isinstance(error, RuntimeError) and not notes):  # of those only too little memory is the user's to mend
+        if args.traceback or (
+            isinstance(error, RuntimeError) and not notes
+        ):  # of those only too little memory is the user's to mend
             raise
         said = " ".join([str(error), *notes])
         print(f"minisd3: {' '.join(said.split())}", file=sys.stderr)

@@ -18,15 +18,15 @@ from tqdm.auto import tqdm
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from minisd3 import flow, recipes, scenes
-from minisd3.config import PRESETS, Preset, SkipLayers, require
-from minisd3.controlnet import HINTS
+from minisd3.config import PRESETS, ControlNetConfig, Preset, SkipLayers, require
+from minisd3.controlnet import HINTS, ControlNet
 from minisd3.evaluate import caption_accuracy, grid, psnr, ssim
 from minisd3.mmdit import MMDiT
 from minisd3.pipeline import HUB, MODELS, SD3, from_pil, load
 from minisd3.text import ImageTower, TextEncoders, clip_tower, t5_tower
 from minisd3.training import Progress, averaged
 from minisd3.vae import VAE
-from minisd3.weights import describe, load_vae, save_released
+from minisd3.weights import describe, load_mmdit, load_vae, save_released
 
 # --- generate ---------------------------------------------------------------------------------------------------------------------
 
@@ -62,12 +62,26 @@ def generate(args: Namespace) -> None:
 def _model_options(args: Namespace) -> dict[str, Any]:
     """What `load` is told, the model's name and ControlNets aside."""
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    return {name: getattr(args, name) for name in ("text_encoders", "device", "low_memory")} | {"dtype": dtype, "without": args.without or ()}
+    return {name: getattr(args, name) for name in ("text_encoders", "device", "low_memory")} | {
+        "dtype": dtype,
+        "without": args.without or (),
+    }
 
 
 def _options(args: Namespace, sd3: SD3, image: Image.Image | None) -> dict[str, Any]:
     """What `generate` is told, prompt, seed and pictures aside."""
-    names = ("negative", "steps", "cfg", "sampler", "shift", "strength", "control_strength", "control_start", "control_end", "tiled")
+    names = (
+        "negative",
+        "steps",
+        "cfg",
+        "sampler",
+        "shift",
+        "strength",
+        "control_strength",
+        "control_start",
+        "control_end",
+        "tiled",
+    )
     height, width = sd3.size(None, image)
     size = sd3.size((args.height or height, args.width or width))
     return {name: getattr(args, name) for name in names} | {
@@ -86,7 +100,10 @@ def _slg(args: Namespace, preset: Preset) -> SkipLayers | bool:
     given = {name: value for name in names if (value := getattr(args, f"slg_{name}")) is not None}
     if not given:
         return args.slg
-    require(preset.slg is not None or "layers" in given, "this model's preset has no skip-layer guidance; say which blocks: --slg-layers 7,8,9")
+    require(
+        preset.slg is not None or "layers" in given,
+        "this model's preset has no skip-layer guidance; say which blocks: --slg-layers 7,8,9",
+    )
     return replace(preset.slg, **given) if preset.slg else SkipLayers(**given)
 
 
@@ -121,7 +138,11 @@ def _numbered(path: Path) -> Iterator[Path]:
 
 def _about(args: Namespace, picture: Image.Image) -> dict[str, Any]:
     """The settings that a picture is saved with."""
-    return {**{name: getattr(args, name) for name in SETTINGS}, "count": 1, **{str(name): value for name, value in picture.info.items()}}
+    return {
+        **{name: getattr(args, name) for name in SETTINGS},
+        "count": 1,
+        **{str(name): value for name, value in picture.info.items()},
+    }
 
 
 def _save(picture: Image.Image, path: Path, about: dict[str, Any]) -> None:
@@ -173,13 +194,15 @@ def inspect(args: Namespace) -> None:
 
 # --- train ------------------------------------------------------------------------------------------------------------------------
 
-Part = Literal["vae", "clip_l", "clip_g", "t5", "mmdit"]
-STEPS: dict[Part, int] = {"vae": 1750, "clip_l": 245, "clip_g": 220, "t5": 400, "mmdit": 1850}  # in the order of training
+STEPS = {
+    "vae": 1750, "clip_l": 245, "clip_g": 220, "t5": 400, "mmdit": 1850,
+    "controlnet_canny": 500, "controlnet_blur": 500, "controlnet_depth": 500,
+}  # in the order of training  # fmt: skip
 
 
 def train(args: Namespace) -> None:
     """Train parts of the tiny family, each from where its run stands. Other parts are the folder's, or where it has none, the package's."""
-    for part in [part for part in STEPS if part.startswith(args.part or "")]:  # "clip" is both
+    for part in [part for part in STEPS if part.startswith(args.part or "")]:  # "clip" is both, "controlnet" all three
         steps = args.steps or STEPS[part]
         options = {name: getattr(args, name) for name in ("batch", "lr") if getattr(args, name)}
         run = _trainer(args, part)(args.folder / part, steps=steps, seed=args.seed, **options)
@@ -196,7 +219,7 @@ def train(args: Namespace) -> None:
         _assemble(args.folder)
 
 
-def _trainer(args: Namespace, part: Part) -> Callable[..., Iterator[Progress]]:
+def _trainer(args: Namespace, part: str) -> Callable[..., Iterator[Progress]]:
     """recipes.train_... of this part, with a new module to train and the old ones that it needs."""
     tiny, text, tokenizers = PRESETS["tiny"], PRESETS["tiny"].text, MODELS / "tiny" / "text_encoders"
     with torch.random.fork_rng(devices=[]):
@@ -204,51 +227,83 @@ def _trainer(args: Namespace, part: Part) -> Callable[..., Iterator[Progress]]:
         if part == "vae":
             return partial(recipes.train_vae, VAE(tiny.vae))
         if part == "mmdit":
-            return partial(recipes.train_mmdit, MMDiT(tiny.mmdit), _text(args.folder), *_latents(args))
+            return partial(recipes.train_mmdit, MMDiT(tiny.mmdit), _text(args.folder), _latents(args))
+        if part.startswith("controlnet"):
+            kind, mmdit = part.removeprefix("controlnet_"), _mmdit(args.folder)
+            net = ControlNet.from_base(mmdit, _tiny_controlnet(), kind)
+            hints = _prepared(args, f"hints_{kind}", min(args.scenes, 4000), partial(recipes.hint_latents, _vae(args.folder), kind))
+            return partial(recipes.train_controlnet, net, mmdit, _text(args.folder), _latents(args), hints)
         if part == "t5":
-            encoders = TextEncoders(text, t5=t5_tower(text.t5), t5_tokenizer=T5Tokenizer.from_pretrained(tokenizers / "t5_tokenizer"))
+            encoders = TextEncoders(
+                text, t5=t5_tower(text.t5), t5_tokenizer=T5Tokenizer.from_pretrained(tokenizers / "t5_tokenizer")
+            )
             return partial(recipes.train_t5, encoders)
-        config = getattr(text, part)
+        name: Literal["clip_l", "clip_g"] = "clip_l" if part == "clip_l" else "clip_g"
+        config = getattr(text, name)
         tokenizer = CLIPTokenizer.from_pretrained(tokenizers / "clip_tokenizer")
-        tower: dict[str, Any] = {part: clip_tower(config, text.clip_length)}
+        tower: dict[str, Any] = {name: clip_tower(config, text.clip_length)}
         encoders = TextEncoders(text, clip_tokenizer=tokenizer, **tower)
-        return partial(recipes.train_clip, encoders, part, ImageTower(config.width))
+        return partial(recipes.train_clip, encoders, name, ImageTower(config.width))
 
 
-def _latents(args: Namespace) -> tuple[Tensor, list[int]]:
-    """Those of the training scenes, encoded on the first call."""
-    shards = recipes.prepare_latents(_vae(args.folder), args.folder / "latents", range(args.scenes))
-    for _ in tqdm(shards, desc="latents", unit="shard", total=-(-args.scenes // 1000)):
+def _latents(args: Namespace) -> dict[str, Tensor]:
+    return _prepared(args, "latents", args.scenes, partial(recipes.scene_latents, _vae(args.folder)))
+
+
+def _prepared(args: Namespace, name: str, n: int, make: Callable[[list[int]], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What the first n training scenes give, made on the first call."""
+    for _ in tqdm(recipes.prepare(args.folder / name, range(n), make), desc=name, unit="shard", total=-(-n // 1000)):
         pass
-    return recipes.load_latents(args.folder / "latents")
+    return recipes.prepared(args.folder / name)
+
+
+def _trained(folder: Path, part: str) -> dict[str, Tensor]:
+    """A part's weights, out of its run, where it may have been trained inside another module."""
+    inside = {"vae": "", "clip_l": "text.", "clip_g": "text.", "t5": "tower.", "mmdit": "mmdit."}.get(part, "net.")
+    return {k.removeprefix(inside): v for k, v in averaged(folder / part).items() if k.startswith(inside)}
 
 
 def _vae(folder: Path) -> VAE:
-    """The folder's, or the package's."""
+    """The folder's, or the package's; so do the next two."""
     if not (folder / "vae").is_dir():
         return load_vae(MODELS / "tiny" / "sd3_tiny.safetensors", dtype=torch.float32)
     vae = VAE(PRESETS["tiny"].vae).eval()
-    vae.load_state_dict(averaged(folder / "vae"))
+    vae.load_state_dict(_trained(folder, "vae"))
     return vae
 
 
+def _tiny_controlnet() -> ControlNetConfig:
+    config = PRESETS["tiny"].controlnet
+    assert config is not None
+    return config
+
+
+def _mmdit(folder: Path) -> MMDiT:
+    if not (folder / "mmdit").is_dir():
+        return load_mmdit(MODELS / "tiny" / "sd3_tiny.safetensors", dtype=torch.float32)
+    mmdit = MMDiT(PRESETS["tiny"].mmdit)
+    mmdit.load_state_dict(_trained(folder, "mmdit"))
+    return mmdit
+
+
 def _text(folder: Path) -> TextEncoders:
-    """The package's, with the folder's in place of those that it has."""
     encoders = TextEncoders.load(MODELS / "tiny" / "text_encoders", PRESETS["tiny"].text, dtype=torch.float32)
-    for name, inside in (("clip_l", "text."), ("clip_g", "text."), ("t5", "tower.")):
+    for name, tower in encoders.named_children():
         if (folder / name).is_dir():
-            weights = {k.removeprefix(inside): v for k, v in averaged(folder / name).items() if k.startswith(inside)}
-            getattr(encoders, name).load_state_dict(weights)
+            tower.load_state_dict(_trained(folder, name))
     return encoders
 
 
 def _assemble(folder: Path) -> None:
-    """Write the folder's model as `load` reads it."""
-    mmdit = MMDiT(PRESETS["tiny"].mmdit)
-    mmdit.load_state_dict(averaged(folder / "mmdit"))
-    save_released(folder / "model" / "sd3_tiny.safetensors", mmdit, _vae(folder), dtype=torch.float16)
-    _text(folder).save(folder / "model" / "text_encoders", dtype=torch.float16)
-    print(folder / "model" / "sd3_tiny.safetensors")
+    """Write the folder's model, and the ControlNets that it has, as `load` reads them."""
+    model = folder / "model"
+    save_released(model / "sd3_tiny.safetensors", _mmdit(folder), _vae(folder), dtype=torch.float16)
+    _text(folder).save(model / "text_encoders", dtype=torch.float16)
+    for run in sorted(folder.glob("controlnet_*")):
+        net = ControlNet(_tiny_controlnet())
+        net.load_state_dict(_trained(folder, run.name))
+        save_released(model / f"{run.name}.safetensors", net, dtype=torch.float16)
+    print(model / "sd3_tiny.safetensors")
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------------------

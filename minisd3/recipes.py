@@ -5,8 +5,9 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -22,12 +23,15 @@ from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-from minisd3 import scenes
+from minisd3 import flow, scenes
+from minisd3.config import TextConfig
+from minisd3.controlnet import HINTS, ControlNet, depth
 from minisd3.formats import write
 from minisd3.mmdit import MMDiT
 from minisd3.scenes import Scene
 from minisd3.text import ImageTower, Row, TextEncoders, read_clip
-from minisd3.training import Progress, fit, flow_loss, vae_loss
+from minisd3.training import Progress, autocast, fit, flow_loss, vae_loss
+from minisd3.types import Conditioning
 from minisd3.vae import VAE
 
 # --- the VAE ---------------------------------------------------------------------------------------------------------------------
@@ -65,28 +69,91 @@ def random_crops(image: Tensor, size: int, generator: Generator) -> Tensor:
     return torch.stack([x[:, i : i + size, j : j + size] for x, i, j in zip(image, tops, lefts, strict=True)])
 
 
-# --- the transformer -------------------------------------------------------------------------------------------------------------
+# --- prepared data ---------------------------------------------------------------------------------------------------------------
 
 
-def prepare_latents(vae: VAE, folder: Path, seeds: Iterable[int], *, shard: int = 1000) -> Iterator[Path]:
-    """Encode scenes once: shards of normalised latents (n C h w) in fp16 with their seeds, written atomically; finished ones are kept."""
-    folder.mkdir(parents=True, exist_ok=True)
+def prepare(
+    folder: Path, seeds: Iterable[int], make: Callable[[list[int]], dict[str, Tensor]], *, shard: int = 1000
+) -> Iterator[Path]:
+    """What `make` makes of the scenes of these seeds, made once: a file for each `shard` of them, whole or not there, kept if it is.
+
+    make: called with 50 seeds or fewer; gives tensors with a row for each. `prepared` reads them back.
+    """
     for chunk in batched(seeds, shard):
         path = folder / f"{chunk[0]:09d}.safetensors"
         if not path.exists():
-            with torch.no_grad():
-                latents = [vae.normalize(vae.encode(scenes.pictures(part))[0]) for part in batched(chunk, 50)]
-            write(path, {"latents": torch.cat(latents).half(), "seeds": torch.tensor(chunk)})
+            parts = [make(part) for part in batched(chunk, 50)]
+            write(path, {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | {"seeds": torch.tensor(chunk)})
         yield path
 
 
-def load_latents(folder: Path) -> tuple[Tensor, list[int]]:
-    """All shards of a folder: latents (n C h w) in fp16, and the seeds of their scenes."""
+def prepared(folder: Path) -> dict[str, Tensor]:
+    """All that `prepare` wrote into a folder, by name, and the "seeds" of its scenes."""
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
-        raise FileNotFoundError(f"{folder} holds no prepared latents; make them with `python -m minisd3 train mmdit`, or prepare_latents")
-    shards = [load_file(path) for path in paths]
-    return torch.cat([s["latents"] for s in shards]), torch.cat([s["seeds"] for s in shards]).tolist()
+        raise FileNotFoundError(f"{folder} holds no prepared data; `python -m minisd3 train` makes it, or recipes.prepare")
+    files = [load_file(path) for path in paths]
+    return {name: torch.cat([file[name] for file in files]) for name in files[0]}
+
+
+@torch.no_grad()
+def scene_latents(vae: VAE, seeds: list[int]) -> dict[str, Tensor]:
+    """What the transformer learns from: normalised "latents" (n C h w) in fp16 and "layouts" (n L 20)."""
+    latents = vae.normalize(vae.encode(scenes.pictures(seeds))[0]).half()
+    return {"latents": latents, "layouts": torch.stack([layout(scenes.scene(seed)) for seed in seeds])}
+
+
+@torch.no_grad()
+def hint_latents(vae: VAE, kind: str, seeds: list[int]) -> dict[str, Tensor]:
+    """What a ControlNet of this kind reads: "hints" (n C h w) in fp16."""
+    drawn = [scenes.scene(seed) for seed in seeds]
+    hints = depth(torch.stack([scene.depth() for scene in drawn])) if kind == "depth" else HINTS[kind](pictures_of(drawn))
+    return {"hints": vae.normalize(vae.encode(hints)[0]).half()}
+
+
+def layout(scene: Scene, patch: int = 16) -> Tensor:
+    """How much of each patch shows each kind of object, then each colour, the last of either being none: uint8 (L 11+9), 255 is all."""
+    cover = F.avg_pool2d(scene.masks().float()[None], patch)[0].flatten(1)  # (n L)
+    shares = []
+    kinds, colours = [thing.kind for thing in scene.things], [thing.colour for thing in scene.things]
+    for names, own in (list(scenes.KINDS), kinds), (list(scenes.COLOURS), colours):
+        share = torch.zeros(len(names) + 1, cover.shape[1])
+        share.index_add_(0, torch.tensor([names.index(name) for name in own]), cover)
+        share[-1] = 1 - cover.sum(0)
+        shares.append(share)
+    return (255 * torch.cat(shares)).round().to(torch.uint8).T
+
+
+# --- the transformer -------------------------------------------------------------------------------------------------------------
+
+
+class Aligned(nn.Module):
+    """The transformer with a linear map that, after half of its blocks, reads from each patch what the clean picture shows there.
+
+    Representation alignment (Yu et al. 2024) with exact labels in the place of another network's features: the first blocks learn early
+    where what belongs. The map is dropped after training.
+    """
+
+    PARTS = (len(scenes.KINDS) + 1, len(scenes.COLOURS) + 1)
+
+    def __init__(self, mmdit: MMDiT) -> None:
+        super().__init__()
+        self.mmdit = mmdit
+        self.head = nn.Linear(mmdit.config.hidden_size, sum(self.PARTS))
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """As MMDiT.forward -> the velocity, and logits (B L 20) of what `layout` tells."""
+        depth = self.mmdit.config.depth
+        stream = self.mmdit.run(self.mmdit.embed(x, t, context, pooled), range(depth // 2))
+        logits = self.head(F.layer_norm(stream.x, stream.x.shape[-1:]))
+        return self.mmdit.final(self.mmdit.run(stream, range(depth // 2, depth)), x), logits
+
+
+def layout_loss(logits: Tensor, layouts: Tensor) -> Tensor:
+    """Cross-entropy of kinds plus that of colours, averaged over patches: logits (B L 20), layouts (B L 20) as `layout` gives them."""
+    kinds, colours = zip(logits.split(Aligned.PARTS, -1), (layouts / 255).split(Aligned.PARTS, -1), strict=True)
+    of_kinds, of_colours = (F.cross_entropy(guess.flatten(0, 1), share.flatten(0, 1)) for guess, share in (kinds, colours))
+    return of_kinds + of_colours
 
 
 def drop_prompts(prompts: list[str], generator: Generator, rate: float = 0.1) -> list[str]:
@@ -95,22 +162,93 @@ def drop_prompts(prompts: list[str], generator: Generator, rate: float = 0.1) ->
     return ["" if drop else prompt for prompt, drop in zip(prompts, dropped, strict=True)]
 
 
+def drop_encoders(
+    cond: Conditioning, config: TextConfig, generator: Generator, rates: tuple[float, float, float] = (0.05, 0.05, 0.08)
+) -> Conditioning:
+    """What CLIP-L, CLIP-G and T5 say, each set to zero for some samples, so that a model can do without (Esser et al. 2024, section B.3).
+
+    The paper drops each at 46.4%; a small model that trains for a short time needs to read first.
+    """
+    keep = (torch.rand(len(cond.context), 3, generator=generator) >= torch.tensor(rates)).to(cond.context)
+    widths = config.clip_l.width, config.clip_g.width
+    pooled = torch.cat([keep[:, :1].expand(-1, widths[0]), keep[:, 1:2].expand(-1, widths[1])], dim=1)  # (B P)
+    clip = F.pad(pooled, (0, config.context_dim - sum(widths)))[:, None].expand(-1, config.clip_length, -1)
+    rest = keep[:, 2:, None].expand(-1, cond.context.shape[1] - config.clip_length, config.context_dim)
+    return Conditioning(cond.context * torch.cat([clip, rest], dim=1), cond.pooled * pooled)
+
+
+class Captioned:
+    """Draws batches of prepared scenes, those of several objects twice as often, with captions phrased anew each time."""
+
+    def __init__(self, text: TextEncoders, seeds: Tensor) -> None:
+        self.text = text
+        self.scenes = [scenes.scene(seed) for seed in seeds.tolist()]
+        self.weights = torch.tensor([1.0 if len(scene.things) == 1 else 2.0 for scene in self.scenes])
+
+    def draw(self, batch: int, generator: Generator, *, empty: float = 0.1) -> tuple[Tensor, Conditioning]:
+        """Which scenes (B,), and what the text encoders say of them. empty: the share of captions that are left out."""
+        index = torch.multinomial(self.weights, batch, replacement=True, generator=generator)
+        manner = torch.randint(scenes.PHRASINGS, (batch,), generator=generator)
+        prompts = [self.scenes[i].caption(m) for i, m in zip(index.tolist(), manner.tolist(), strict=True)]
+        return index, drop_encoders(self.text.encode(drop_prompts(prompts, generator, empty)), self.text.config, generator)
+
+
 def train_mmdit(
-    mmdit: MMDiT, text: TextEncoders, latents: Tensor, seeds: list[int], run: Path, *, steps: int, batch: int = 64, lr: float = 4e-3,
+    mmdit: MMDiT, text: TextEncoders, data: dict[str, Tensor], run: Path, *, steps: int, batch: int = 64, lr: float = 4e-3,
     seed: int = 0,
-) -> Iterator[Progress]:
-    """Train on prepared latents (n C h w) of the scenes with these seeds; a caption is phrased anew each time it is drawn."""
-    drawn = [scenes.scene(s) for s in seeds]
+) -> Iterator[Progress]:  # fmt: skip
+    """Train on what `scene_latents` prepared. The run's weights are those of `Aligned`, so the transformer's begin with "mmdit."."""
+    captioned = Captioned(text, data["seeds"])
 
     def loss(module: nn.Module, step: int, generator: Generator) -> Tensor:
-        assert isinstance(module, MMDiT)
-        index = torch.randint(len(drawn), (batch,), generator=generator)
-        manner = torch.randint(scenes.PHRASINGS, (batch,), generator=generator)
-        prompts = [drawn[i].caption(m) for i, m in zip(index.tolist(), manner.tolist(), strict=True)]
-        cond = text.encode(drop_prompts(prompts, generator))
-        return flow_loss(module, latents[index].float(), cond, generator)
+        index, cond = captioned.draw(batch, generator)
+        x0 = data["latents"][index].to(text.device).float()
+        t, noise = (
+            part.to(x0) for part in (flow.logit_normal(batch, generator=generator), torch.randn(x0.shape, generator=generator))
+        )
+        with autocast(x0.device):
+            v, logits = module(flow.interpolate(x0, noise, t), t, *cond)
+        aligned = layout_loss(logits.float(), data["layouts"][index].to(x0))
+        return F.mse_loss(v.float(), flow.velocity(x0, noise)) + 0.15 * aligned
 
-    return fit(mmdit, loss, run, steps=steps, lr=lr, seed=seed)
+    return fit(Aligned(mmdit), loss, run, steps=steps, lr=lr, seed=seed)
+
+
+# --- ControlNets -----------------------------------------------------------------------------------------------------------------
+
+
+class Steered(nn.Module):
+    """A ControlNet to be trained and its base, which learns nothing."""
+
+    def __init__(self, net: ControlNet, mmdit: MMDiT) -> None:
+        super().__init__()
+        self.net = net
+        self.base = [mmdit.requires_grad_(False)]  # in a list, so that it is none of this module's parts
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, hint: Tensor) -> Tensor:
+        """As MMDiT.forward, under a hint (B C H W)."""
+        [mmdit] = self.base
+        return mmdit(x, t, context, pooled, control=self.net(mmdit, x, hint, t, pooled))
+
+
+def train_controlnet(
+    net: ControlNet, mmdit: MMDiT, text: TextEncoders, data: dict[str, Tensor], hints: dict[str, Tensor], run: Path, *, steps: int,
+    batch: int = 32, lr: float = 2e-3, seed: int = 0,
+) -> Iterator[Progress]:  # fmt: skip
+    """Train a ControlNet, best one made by ControlNet.from_base, on what `scene_latents` and `hint_latents` prepared of the same scenes.
+
+    Half of the captions are empty, so that the hint is read and not only the prompt (Zhang et al. 2023, section 3.2).
+    """
+    place = {seed: i for i, seed in enumerate(data["seeds"].tolist())}
+    latents = data["latents"][[place[seed] for seed in hints["seeds"].tolist()]]
+    captioned = Captioned(text, hints["seeds"])
+
+    def loss(module: nn.Module, step: int, generator: Generator) -> Tensor:
+        index, cond = captioned.draw(batch, generator, empty=0.5)
+        x0, hint = latents[index].to(text.device).float(), hints["hints"][index].to(text.device).float()
+        return flow_loss(partial(module, hint=hint), x0, cond, generator)
+
+    return fit(Steered(net, mmdit), loss, run, steps=steps, lr=lr, seed=seed)
 
 
 # --- the text encoders of the tiny family ------------------------------------------------------------------------------------------
@@ -212,7 +350,7 @@ def train_clip(
         drawn += [rival(scene, rng) for scene in drawn]
         read = [encoders.tokenize(scene.caption(rng.randrange(scenes.PHRASINGS))) for scene in drawn]
         ids = torch.tensor([getattr(tokens, name).ids for tokens in read])
-        return contrastive_loss(module(_pictures(drawn), ids), [scene.caption() for scene in drawn])
+        return contrastive_loss(module(pictures_of(drawn), ids), [scene.caption() for scene in drawn])
 
     tower, config = getattr(encoders, name), getattr(encoders.config, name)
     return fit(Contrast(tower.train(), image, project=config.project), loss, run, steps=steps, lr=lr, seed=seed)
@@ -262,7 +400,9 @@ def _grounds(scene: Scene, row: Row) -> tuple[list[int], list[int], list[int], l
     )
 
 
-def train_t5(encoders: TextEncoders, run: Path, *, steps: int, batch: int = 64, lr: float = 2e-3, seed: int = 0) -> Iterator[Progress]:
+def train_t5(
+    encoders: TextEncoders, run: Path, *, steps: int, batch: int = 64, lr: float = 2e-3, seed: int = 0
+) -> Iterator[Progress]:
     """Train the T5 encoder on captions. SD3 has no use for T5's decoder, so there is none."""
 
     def loss(module: nn.Module, step: int, generator: Generator) -> Tensor:
@@ -280,7 +420,7 @@ def _random(generator: Generator) -> Random:
     return Random(int(torch.randint(2**62, (), generator=generator)))
 
 
-def _pictures(drawn: list[Scene]) -> Tensor:
-    """(B 3 128 128) in [-1, 1]"""
+def pictures_of(drawn: list[Scene]) -> Tensor:
+    """Scenes drawn: (B 3 128 128) in [-1, 1]"""
     pixels = np.stack([np.asarray(scene.render()) for scene in drawn])  # (B H W 3)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous() / 127.5 - 1

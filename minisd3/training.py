@@ -23,7 +23,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from minisd3 import flow
 from minisd3.formats import write
-from minisd3.mmdit import MMDiT
 from minisd3.types import Conditioning
 from minisd3.vae import VAE
 
@@ -198,7 +197,7 @@ def autocast(device: torch.device | str = "cpu") -> torch.autocast:
 # --- losses ----------------------------------------------------------------------------------------------------------------------
 
 
-def flow_loss(mmdit: MMDiT, x0: Tensor, cond: Conditioning, generator: Generator) -> Tensor:
+def flow_loss(mmdit: Callable[..., Tensor], x0: Tensor, cond: Conditioning, generator: Generator) -> Tensor:
     """Mean squared error of the velocity at logit-normal times (Esser et al. 2024, eq. 14 and section 3.1)."""
     t = flow.logit_normal(len(x0), generator=generator).to(x0.device)
     noise = torch.randn(x0.shape, generator=generator).to(x0)

@@ -62,7 +62,14 @@ def test_settings_are_in_the_file_and_draw_it_again(draw: Any) -> None:
     options = ["--negative", "fog", "--seed", "4", "--cfg", "3", "--slg-layers", "1,2", "--slg-end", "0.9", "--schedule", "uniform"]
     assert draw(PROMPT, *options, "--out", "first.png") == 0
     kept = settings("first.png")
-    assert (kept["prompt"], kept["negative"], kept["seed"], kept["height"], kept["steps"], kept["cfg"]) == (PROMPT, "fog", 4, 32, 2, 3.0)
+    assert (kept["prompt"], kept["negative"], kept["seed"], kept["height"], kept["steps"], kept["cfg"]) == (
+        PROMPT,
+        "fog",
+        4,
+        32,
+        2,
+        3.0,
+    )
     assert kept["slg"] == {"layers": [1, 2], "scale": 1.5, "start": 0.01, "end": 0.9}
     assert kept["sampler"] == "dpmpp_2m"  # the preset's, written out
 
@@ -219,6 +226,7 @@ def test_training_all_parts_makes_a_model_that_draws(packaged: Path, capsys: pyt
     model = folder / "model" / "sd3_tiny.safetensors"
     assert out.split() == [str(model)]
     assert all(f"{part}: 100%" in err for part in commands.STEPS)
+    assert all((model.parent / f"controlnet_{kind}.safetensors").exists() for kind in ("canny", "blur", "depth"))
     assert "loss=" in err
     assert main(["generate", PROMPT, "--model", str(model), "--steps", "1", "--out", str(packaged / "x.png"), "--quiet"]) == 0
     assert main(words) == 0  # all is done already

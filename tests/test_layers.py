@@ -76,7 +76,7 @@ def test_the_package_stays_small() -> None:
     lines = {path.stem: code_lines(path) for path in FILES}
     model = ("types", "config", "attention", "flow", "vae", "mmdit", "guidance", "sampling", "controlnet", "text")
     assert sum(lines[name] for name in model) < 1500, lines
-    assert sum(lines.values()) < 4200, lines
+    assert sum(lines.values()) < 6000, lines
 
 
 def test_no_text_names_a_place_outside_the_repository() -> None:

@@ -13,12 +13,10 @@ import torch
 from torch import Generator, Tensor, nn
 
 from minisd3 import flow
-from minisd3.config import MMDiTConfig, VAEConfig
+from minisd3.config import MMDiTConfig
 from minisd3.mmdit import MMDiT
-from minisd3.recipes import batched, drop_prompts, load_latents, prepare_latents, random_crops
 from minisd3.training import Optimizer, averaged, fit, flow_loss, kl_divergence, step_generator, trapezoid
 from minisd3.types import Conditioning
-from minisd3.vae import VAE
 
 
 def net() -> nn.Module:
@@ -147,30 +145,3 @@ def test_kl_divergence_matches_torch() -> None:
     normal = torch.distributions.Normal
     theirs = torch.distributions.kl_divergence(normal(mean, (logvar / 2).exp()), normal(0.0, 1.0)).mean()
     torch.testing.assert_close(ours, theirs)
-
-
-def test_prompts_are_dropped_at_the_rate() -> None:
-    kept = drop_prompts(["a red fish"] * 5000, Generator().manual_seed(0), rate=0.1)
-    assert kept.count("") == pytest.approx(500, abs=90)
-    assert set(kept) == {"", "a red fish"}
-
-
-def test_crops_are_parts_of_the_picture() -> None:
-    image = torch.arange(2 * 3 * 10 * 12.0).view(2, 3, 10, 12)
-    crop = random_crops(image, 4, Generator().manual_seed(0))
-    assert crop.shape == (2, 3, 4, 4)
-    assert any(torch.equal(crop[1], image[1, :, i : i + 4, j : j + 4]) for i in range(7) for j in range(9))
-
-
-def test_latents_are_prepared_once_and_read_back(tmp_path: Path) -> None:
-    vae = VAE(VAEConfig(width=8, multipliers=(1, 1, 1, 1), blocks=1, groups=4)).eval()
-    paths = list(prepare_latents(vae, tmp_path, range(5), shard=2))
-    written = [path.stat().st_mtime_ns for path in paths]
-    assert len(paths) == 3
-    assert [path.stat().st_mtime_ns for path in prepare_latents(vae, tmp_path, range(5), shard=2)] == written
-    latents, seeds = load_latents(tmp_path)
-    assert latents.shape == (5, 16, 16, 16)
-    assert seeds == list(range(5))
-    with pytest.raises(FileNotFoundError, match="no prepared latents"):
-        load_latents(tmp_path / "none")
-    assert list(batched(range(3), 2)) == [[0, 1], [2]]
