@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
@@ -69,6 +71,13 @@ def rgb(image: Image.Image | Tensor, top: float = 1.0) -> np.ndarray:
     if array.ndim == 3:
         return ((array.permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
     return colormaps["viridis"]((array / top).numpy(), bytes=True)[..., :3]
+
+
+def signed(values: Tensor, reach: float) -> Image.Image:
+    """A map (H W) of values of both signs as a picture: blue below 0, white at 0, red above, darkest at -reach and reach."""
+    require(values.ndim == 2, f"a map is (H W), not {tuple(values.shape)}")
+    share = (values.detach().float().cpu() / reach).clamp(-1, 1).add(1).div(2)
+    return Image.fromarray(colormaps["RdBu_r"](share.numpy(), bytes=True)[..., :3])
 
 
 def grid(
@@ -182,6 +191,122 @@ def points(panels: Mapping[str, Tensor], *, title: str, groups: Tensor | None = 
     return _finish(figure, _say(title, *panels), drawing=True)
 
 
+# --- numbers as colours -----------------------------------------------------------------------------------------------------------
+
+
+def heat(
+    values: Tensor,
+    *,
+    title: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    unit: str,
+    x: str = "",
+    y: str = "",
+    numbers: bool = False,
+) -> Picture:
+    """A table (R C) as colours, from dark, its smallest value, to bright, its largest; NaN stays white. `numbers` writes them as well.
+
+    Rows and columns are named, columns where there is room; `x` and `y` say what they are, `unit` what the colours mean.
+    """
+    require(
+        values.shape == (len(rows), len(columns)), f"{tuple(values.shape)} values for {len(rows)} rows and {len(columns)} columns"
+    )
+    across = max(540 / len(columns), 1)
+    down = min(max(across, 16), 40)
+    left, right, above, below = 24 + 6.4 * max(map(len, rows)), 90, 34, 34 + (18 if x else 0)
+    wide, high = left + across * len(columns) + right, above + down * len(rows) + below
+    figure = Figure(figsize=(wide / 100, high / 100), dpi=100, facecolor="white")
+    box = (left / wide, below / high, across * len(columns) / wide, down * len(rows) / high)
+    ax = _axes(figure, box, title, x, y)
+    ax.grid(visible=False)
+    array = values.detach().float().cpu().numpy()
+    low, top = np.nanmin(array), np.nanmax(array)
+    drawn = ax.imshow(array, cmap="viridis", aspect="auto", interpolation="nearest")
+    every = max(1, round(46 / across))  # columns, so that their names do not touch
+    ax.set_xticks(range(0, len(columns), every), columns[::every])
+    ax.set_yticks(range(len(rows)), rows)
+    for (i, j), value in np.ndenumerate(array) if numbers else ():
+        ax.text(j, i, f"{value:.2f}", ha="center", va="center", size=TEXT - 1.5, color=INK if value > (low + top) / 2 else "white")
+    _colour_bar(figure, drawn, (1 - (right - 12) / wide, box[1], 12 / wide, box[3]), unit)
+    return _finish(figure, _say(title, unit, *rows), drawing=False)
+
+
+def _colour_bar(figure: Figure, drawn: ScalarMappable, box: tuple[float, float, float, float], unit: str) -> None:
+    bar = figure.colorbar(drawn, cax=figure.add_axes(box))
+    bar.outline.set_visible(False)
+    bar.set_label(unit, size=TEXT - 1, color=INK)
+    bar.ax.tick_params(labelsize=TEXT - 2, colors=INK)
+    bar.locator = MaxNLocator(5)
+    bar.update_ticks()
+
+
+def bars(stacks: Mapping[str, Mapping[str, float]], *, title: str, x: str) -> Picture:
+    """One bar for each name, made of named parts, the same ones in all; `x` says quantity and unit."""
+    parts = list(dict.fromkeys(part for stack in stacks.values() for part in stack))
+    require(len(parts) <= len(COLOURS), f"{len(parts)} parts for {len(COLOURS)} colours; join the smallest")
+    high = 86 + 30 * len(stacks)
+    figure = Figure(figsize=(7.6, high / 100), dpi=100, facecolor="white")
+    ax = _axes(figure, (0.19, 44 / high, 0.58, 30 * len(stacks) / high), title, x)
+    for part, colour in zip(parts, COLOURS, strict=False):
+        before = [sum(value for name, value in stack.items() if parts.index(name) < parts.index(part)) for stack in stacks.values()]
+        widths = [stack.get(part, 0.0) for stack in stacks.values()]
+        ax.barh(range(len(stacks)), widths, 0.66, before, color=colour, edgecolor="white", label=part)
+    ax.set_yticks(range(len(stacks)), list(stacks))
+    ax.invert_yaxis()
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=TEXT - 1, frameon=False)
+    return _finish(figure, _say(title, x, *stacks, "made of " + ", ".join(parts)), drawing=True)
+
+
+# --- attention --------------------------------------------------------------------------------------------------------------------
+
+
+def overlay(picture: Image.Image, heat: Tensor, *, top: float | None = None) -> Image.Image:
+    """A heat map (h w) of values >= 0 laid over a picture, one rectangle a patch, dark 0 to bright `top` (by default its largest)."""
+    share = (heat / (top or float(heat.max()) or 1.0)).clamp(0, 1)
+    colours = Image.fromarray(rgb(share)).resize(picture.size, Image.Resampling.NEAREST)
+    return Image.blend(picture.convert("L").convert("RGB"), colours, 0.65)
+
+
+def quadrants(
+    weights: Tensor, names: Sequence[str], groups: Mapping[str, int], *, title: str, picture: Image.Image | None = None
+) -> Picture:
+    """An attention map (L L): rows read, columns are read. The first tokens have names, in groups of so many; the rest are the picture's.
+
+    Colours follow the square root of a weight, so that small ones are seen too. `picture` is shown beside the map.
+    """
+    text = len(names)
+    require(sum(groups.values()) == text, f"groups {dict(groups)} do not add up to the {text} names")
+    edges = np.cumsum([0, *[13] * text, *[5] * (len(weights) - text)])  # in pixels
+    side, left, above, right = int(edges[-1]), 84, 104, 80 + (170 if picture else 0)
+    wide, high = left + side + right, above + max(side, 128 if picture else 0) + 28
+    figure = Figure(figsize=(wide / 100, high / 100), dpi=100, facecolor="white")
+    figure.text(8 / wide, 1 - 6 / high, title, size=TEXT + 1, weight="bold", color=INK, va="top")
+    bottom = 1 - (above + side) / high
+    ax = figure.add_axes((left / wide, bottom, side / wide, side / high))
+    ax.set(xlim=(0, side), ylim=(side, 0))
+    ax.spines[:].set_visible(False)
+    drawn = ax.pcolormesh(edges, edges, weights.numpy(), cmap="viridis", norm=PowerNorm(0.5, vmin=0), rasterized=True)
+    centres = (edges[1:] + edges[:-1])[:text] / 2
+    ax.xaxis.tick_top()
+    ax.set_xticks(centres, names, rotation=90)
+    ax.set_yticks(centres, names)
+    ax.tick_params(length=0, pad=2, labelsize=TEXT - 1.5, colors=INK)
+    places = [0, *np.cumsum([*groups.values(), len(weights) - text]).tolist()]
+    for (name, first), last in zip(zip([*groups, "picture, patch by patch"], places, strict=False), places[1:], strict=True):
+        begin, end = edges[first], edges[last]
+        ax.axvline(end, color="white", linewidth=2)
+        ax.axhline(end, color="white", linewidth=2)
+        ax.text((begin + end) / 2, side + 5, name, ha="center", va="top", size=TEXT, color=INK)
+    ax.text(-10, (edges[text] + side) / 2, "picture", ha="right", va="center", size=TEXT, color=INK)
+    _colour_bar(figure, drawn, ((left + side + 14) / wide, bottom, 12 / wide, side / high), "attention weight")
+    if picture is not None:
+        shown = rgb(picture.resize((128, 128), Image.Resampling.NEAREST) if max(picture.size) < 128 else picture)
+        figure.figimage(shown, wide - 8 - shown.shape[1], high - above - shown.shape[0])
+        figure.text(1 - (8 + shown.shape[1]) / wide, 1 - (above - 5) / high, "the picture so far", size=TEXT, color=INK)
+    return _finish(figure, _say(title, *groups, "picture"), drawing=False)
+
+
 # --- the whole, and where we are in it --------------------------------------------------------------------------------------------
 
 _BOXES = {  # name: notebook, left, top, width, height, text
@@ -193,7 +318,13 @@ _BOXES = {  # name: notebook, left, top, width, height, text
     "controlnet": ("06", 150, 172, 150, 46, "ControlNet"),
     "training": ("07", 552, 12, 130, 46, "training: learns\nv = noise − x0"),
 }
-_NAMES = (("prompt", 70, 35), ("residuals", 345, 195), ("noise, then x_t", 70, 115), ("hint: edges,\nblur, depth", 70, 195), ("picture", 900, 115))
+_NAMES = (
+    ("prompt", 70, 35),
+    ("residuals", 345, 195),
+    ("noise, then x_t", 70, 115),
+    ("hint: edges,\nblur, depth", 70, 195),
+    ("picture", 900, 115),
+)
 _ARROWS = (  # from, to, what flows
     ((110, 35), (150, 35), ""), ((118, 115), (150, 115), ""), ((110, 195), (150, 195), ""),
     ((300, 35), (356, 35), "context\npooled"), ((300, 115), (356, 115), "tokens"), ((300, 195), (385, 138), ""),

@@ -44,6 +44,13 @@ def test_pictures_are_rounded_and_cut_to_bytes() -> None:
         plots.rgb(torch.zeros(1, 3, 4, 4))
 
 
+def test_a_signed_map_is_white_at_zero_and_turns_its_colour_with_its_sign() -> None:
+    below, zero, above = (np.asarray(plots.signed(torch.full((1, 1), value), reach=2.0))[0, 0].astype(int) for value in (-5.0, 0.0, 2.0))
+    assert (zero > 240).all() and below[2] > below[0] + 50 and above[0] > above[2] + 50
+    with pytest.raises(ValueError, match=r"not \(1, 2, 2\)"):
+        plots.signed(torch.zeros(1, 2, 2), reach=1.0)
+
+
 def test_long_heads_are_wrapped_and_leave_the_pictures_alone() -> None:
     head = "a red house to the left of a tree in a meadow"
     picture = plots.grid([[SQUARE]], title="one", columns=[head], labels=["beside it, in a few lines"], scale=4)
@@ -52,15 +59,27 @@ def test_long_heads_are_wrapped_and_leave_the_pictures_alone() -> None:
 
 FIGURES = {
     "grid": lambda: plots.grid([[SQUARE]], title="A square", columns=["of\nnoise"]),
-    "lines": lambda: plots.lines({"up": ([1, 2], [1, 2]), "down": ([1, 2], [2, 1])}, title="Two ways", x="day", y="height (m)", log=True),
-    "points": lambda: plots.points({"before": torch.zeros(1, 4, 2), "after": torch.ones(2, 4, 2)}, title="Moved", groups=torch.arange(4)),
+    "lines": lambda: plots.lines(
+        {"up": ([1, 2], [1, 2]), "down": ([1, 2], [2, 1])}, title="Two ways", x="day", y="height (m)", log=True
+    ),
+    "points": lambda: plots.points(
+        {"before": torch.zeros(1, 4, 2), "after": torch.ones(2, 4, 2)}, title="Moved", groups=torch.arange(4)
+    ),
     "where": lambda: plots.where("vae"),
+    "heat": lambda: plots.heat(
+        torch.arange(6.0).view(2, 3), title="By day", rows=["a", "b"], columns=["1", "2", "3"], unit="share", numbers=True
+    ),
+    "bars": lambda: plots.bars({"small": {"a": 1, "b": 2}, "large": {"b": 3}}, title="Sizes", x="parameters"),
+    "quadrants": lambda: plots.quadrants(torch.eye(4), ["a", "b", "c"], {"CLIP": 1, "T5": 2}, title="Map"),
 }
 SAID = {
     "grid": "A square: of noise",
     "lines": "Two ways: height (m) against day; up; down",
     "points": "Moved: before; after",
     "where": "The whole of SD3, from prompt and noise to a picture; lit up: VAE decoder",
+    "heat": "By day: share; a; b",
+    "bars": "Sizes: parameters; small; large; made of a, b",
+    "quadrants": "Map: CLIP; T5; picture",
 }
 
 
@@ -79,3 +98,36 @@ def test_every_piece_can_be_lit_and_no_other() -> None:
     assert len(drawn) == 7
     with pytest.raises(ValueError, match="no piece 'unet'; it has text, patchify"):
         plots.where("unet")
+
+
+def test_a_heat_map_runs_from_its_smallest_value_to_its_largest() -> None:
+    values = torch.tensor([[0.2, 0.7], [float("nan"), 0.4]])
+    picture = plots.heat(values, title="t", rows=["a", "b"], columns=["1", "2"], unit="share")
+    for value, (red, green, blue) in ((0.0, (68, 1, 84)), (1.0, (253, 231, 37))):  # the ends of viridis
+        assert holds(picture, np.full((8, 8, 3), (red, green, blue))), value
+    with pytest.raises(ValueError, match=r"\(2, 2\) values for 1 rows and 2 columns"):
+        plots.heat(values, title="t", rows=["a"], columns=["1", "2"], unit="share")
+
+
+def test_quadrants_give_words_more_room_than_patches() -> None:
+    weights = torch.zeros(5, 5)
+    weights[0, 0] = weights[4, 4] = 1.0  # a word that reads itself, and a patch that does
+    bright, dark = (253, 231, 37), (68, 1, 84)
+    picture = plots.quadrants(
+        weights, ["a", "b"], {"CLIP": 1, "T5": 1}, title="t", picture=Image.new("RGB", (128, 128), (255, 0, 0))
+    )
+    assert holds(picture, np.full((12, 12, 3), bright)) and holds(picture, np.full((12, 12, 3), (255, 0, 0)))
+    patches = np.full((10, 10, 3), dark)
+    patches[5:, 5:] = bright
+    assert holds(picture, patches[1:-1, 1:-1])
+    with pytest.raises(ValueError, match="do not add up to the 2 names"):
+        plots.quadrants(weights, ["a", "b"], {"CLIP": 1}, title="t")
+
+
+def test_an_overlay_keeps_the_picture_and_marks_its_brightest_patch() -> None:
+    picture = Image.new("RGB", (8, 8), (100, 100, 100))
+    laid = np.asarray(plots.overlay(picture, torch.tensor([[0.0, 1.0], [2.0, 0.0]])))
+    assert laid.shape == (8, 8, 3) and (laid[:4, :4] == laid[0, 0]).all()
+    expected = 0.35 * 100 + 0.65 * plots.rgb(torch.tensor([[0.0, 0.5, 1.0]]))[0]
+    assert np.abs(laid[[0, 0, 7], [0, 7, 0]] - expected).max() <= 1
+    assert np.array_equal(np.asarray(plots.overlay(picture, torch.ones(1, 1), top=2.0))[0, 0], laid[0, 7])
