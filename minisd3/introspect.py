@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from minisd3.config import Preset, require
 from minisd3.mmdit import MMDiT
+from minisd3.text import Row, Tokens
 
 # --- attention --------------------------------------------------------------------------------------------------------------------
 
@@ -85,6 +86,46 @@ class AttentionMap:
         """How much these text tokens read of each patch of the picture, on average: (N h w)."""
         rows = self.quadrant("text", "image")[..., torch.as_tensor(tokens).view(-1), :]
         return rows.mean(-2).unflatten(-1, self.size)
+
+
+class ContextToken(NamedTuple):
+    """A token of the context by its encoder and its text; all padding of an encoder is one."""
+
+    encoder: str  # "CLIP", which is both side by side, or "T5"
+    text: str
+    at: tuple[int, ...]  # where it is in the context
+
+
+def context_tokens(tokens: Tokens) -> list[ContextToken]:
+    """The context of a prompt, token by token, from TextEncoders.tokenize. Raises ValueError without any CLIP."""
+    clips = [row for row in (tokens.clip_l, tokens.clip_g) if row]
+    require(len(clips) > 0, "without CLIP-L and CLIP-G the first tokens of the context are zeros, and have no text")
+    return _labelled("CLIP", clips, 0) + (_labelled("T5", [tokens.t5], len(clips[0].ids)) if tokens.t5 else [])
+
+
+def _labelled(encoder: str, rows: Sequence[Row], first: int) -> list[ContextToken]:
+    """rows: of encoders whose tokens share their places; where they read different words both are named."""
+    pads = [all(one) for one in zip(*(row.pads for row in rows), strict=True)]
+    texts = [" / ".join(dict.fromkeys(map(_plain, pieces))) for pieces in zip(*(row.pieces for row in rows), strict=True)]
+    read = [ContextToken(encoder, text, (first + i,)) for i, (text, pad) in enumerate(zip(texts, pads, strict=True)) if not pad]
+    padding = tuple(first + i for i, pad in enumerate(pads) if pad)
+    return [*read, ContextToken(encoder, "padding", padding)] if padding else read
+
+
+def _plain(piece: str) -> str:
+    names = {"<|startoftext|>": "start", "<|endoftext|>": "end", "</s>": "end"}
+    return names.get(piece, piece.removesuffix("</w>").removeprefix("▁"))
+
+
+def gathered(kept: AttentionMap, tokens: Sequence[ContextToken]) -> Tensor:
+    """A whole map with these tokens for its text: (N n+h*w n+h*w). What is read of several places is summed; what several places read
+    is averaged, so that every row still sums to 1."""
+    length = kept.weights.shape[-2]
+    member = torch.zeros(len(tokens) + length - kept.text, length)
+    for i, token in enumerate(tokens):
+        member[i, list(token.at)] = 1
+    member[len(tokens) :, kept.text :].fill_diagonal_(1)
+    return member / member.sum(1, keepdim=True) @ kept.weights @ member.T
 
 
 class AttentionRecorder(TorchFunctionMode):

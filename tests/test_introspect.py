@@ -12,8 +12,12 @@ from minisd3 import introspect
 from minisd3.config import PRESETS, ControlNetConfig, MMDiTConfig
 from minisd3.controlnet import ControlNet
 from minisd3.introspect import (
+    AttentionMap,
     AttentionRecorder,
+    ContextToken,
+    context_tokens,
     entropy,
+    gathered,
     over_heads,
     parameter_table,
     shape_table,
@@ -22,6 +26,7 @@ from minisd3.introspect import (
     transformer_inputs,
 )
 from minisd3.mmdit import MMDiT
+from minisd3.text import Row, Tokens
 from minisd3.vae import VAE
 
 FACTS = Path(__file__).parent / "facts"
@@ -194,6 +199,27 @@ def test_only_the_blocks_attention_is_recorded_and_hooks_are_removed(model: MMDi
         AttentionRecorder(model, row=-1)
     with pytest.raises(ValueError, match="nothing is recorded at steps"):
         recorder.heat_map(0)
+
+
+def test_context_tokens_and_maps_gathered_by_them() -> None:
+    clip = ["<|startoftext|>", "red</w>", "<|endoftext|>", "!", "!"]
+    row = Row([8, 5, 9, 0, 0], clip, [False] * 3 + [True] * 2, [])
+    other = Row([8, 6, 9, 9, 9], [clip[0], "blue</w>", *[clip[2]] * 3], row.pads, [])
+    t5 = Row([4, 1], ["▁red", "</s>"], [False, False], [])
+    named = [("CLIP", "start", (0,)), ("CLIP", "red", (1,)), ("CLIP", "end", (2,)), ("CLIP", "padding", (3, 4))]
+    tokens = context_tokens(Tokens(row, row, t5))
+    assert tokens == [*named, ("T5", "red", (5,)), ("T5", "end", (6,))]
+    assert context_tokens(Tokens(other, row, None))[1] == ContextToken("CLIP", "blue / red", (1,))
+    with pytest.raises(ValueError, match="without CLIP-L and CLIP-G"):
+        context_tokens(Tokens(None, None, t5))
+
+    weights = torch.rand(2, 11, 11, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    found = gathered(AttentionMap(weights, 7, (2, 2)), tokens)
+    assert found.shape == (2, 10, 10)
+    torch.testing.assert_close(found.sum(-1), torch.ones(2, 10))
+    torch.testing.assert_close(found[:, 6, 3], weights[:, 7, 3] + weights[:, 7, 4])  # the first patch reads the padding
+    torch.testing.assert_close(found[:, 3, 9], (weights[:, 3, 10] + weights[:, 4, 10]) / 2)  # the padding reads the last patch
+    torch.testing.assert_close(found[:, 4:, 4:], weights[:, 5:, 5:])
 
 
 def test_shape_table_of_large() -> None:
