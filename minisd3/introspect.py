@@ -281,14 +281,14 @@ class ParameterRow(NamedTuple):
     share: float  # of the whole
 
 
-Row = TypeVar("Row", ShapeRow, ParameterRow)
+TableRow = TypeVar("TableRow", ShapeRow, ParameterRow)
 
 
 @dataclass(frozen=True)
-class Table(Generic[Row]):
+class Table(Generic[TableRow]):
     """Rows that print as aligned text, and as a table in a notebook."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
 
     def __str__(self) -> str:
         cells = self._cells()
