@@ -8,6 +8,7 @@ Source: Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolut
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Generator, Tensor
@@ -70,9 +71,20 @@ def sd3_schedule(steps: int, shift: float = 3.0) -> Tensor:
     return torch.cat([shift_time(times, shift), torch.zeros(1, dtype=torch.float64)]).float()
 
 
+# --- the times at which training visits the line -----------------------------------------------------------------------------------
+# Each way to draw them has its density, which is also the weight that makes uniform times count as much (section 3.1).
+
+Times = Callable[..., Tensor]  # times(n, generator=generator) -> (n,) in [0, 1]
+
+
 def logit_normal(n: int, mean: float = 0.0, std: float = 1.0, generator: Generator | None = None) -> Tensor:
     """(n,) training times, mostly in the middle: the sigmoid of a normal variable. Eq. 19."""
     return torch.sigmoid(mean + std * torch.randn(n, generator=generator))
+
+
+def logit_normal_density(t: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """The density of logit_normal at t, between 0 and 1. Eq. 19."""
+    return torch.exp(-0.5 * ((torch.logit(t) - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi) * t * (1 - t))
 
 
 def uniform(n: int, generator: Generator | None = None) -> Tensor:
@@ -80,13 +92,45 @@ def uniform(n: int, generator: Generator | None = None) -> Tensor:
     return torch.rand(n, generator=generator)
 
 
+def uniform_density(t: Tensor) -> Tensor:
+    """1 everywhere; as a weight: none."""
+    return torch.ones_like(t)
+
+
 def mode(n: int, scale: float = 1.29, generator: Generator | None = None) -> Tensor:
     """(n,) training times with a heavy middle (scale > 0) that still reach both ends. Eq. 20; -1 <= scale <= 2 / (pi - 2)."""
     require(-1 <= scale <= 2 / (math.pi - 2), f"mode's scale is {scale}; the density exists from -1 to {2 / (math.pi - 2):.3f}")
-    u = torch.rand(n, generator=generator)
+    return _mode_of(torch.rand(n, generator=generator), scale)
+
+
+def _mode_of(u: Tensor, scale: float) -> Tensor:
     return 1 - u - scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
+
+
+def mode_density(t: Tensor, scale: float = 1.29) -> Tensor:
+    """The density of mode at t: 1 / |f'(u)| where f(u) = t, for u found by halving, since eq. 20 has no inverse in closed form."""
+    low, high = torch.zeros_like(t), torch.ones_like(t)  # f falls
+    for _ in range(32):
+        u = (low + high) / 2
+        above = _mode_of(u, scale) > t
+        low, high = torch.where(above, u, low), torch.where(above, high, u)
+    return 1 / (1 + scale * (1 - math.pi / 2 * torch.sin(math.pi * u)))
 
 
 def cosmap(n: int, generator: Generator | None = None) -> Tensor:
     """(n,) training times spread as the cosine schedule spreads its log signal-to-noise ratio. Eq. 21."""
     return 1 - 1 / (torch.tan(math.pi / 2 * torch.rand(n, generator=generator)) + 1)
+
+
+def cosmap_density(t: Tensor) -> Tensor:
+    """The density of cosmap at t. Eq. 22."""
+    return 2 / (math.pi - 2 * math.pi * t + 2 * math.pi * t**2)
+
+
+def shifted(times: Times, shift: float) -> Times:
+    """The same times moved towards noise, for pictures larger than those that the times were found for. Section 5.3.2."""
+
+    def draw(n: int, generator: Generator | None = None) -> Tensor:
+        return shift_time(times(n, generator=generator), shift)
+
+    return draw

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from errno import EIO
 from functools import cache
 from mmap import ACCESS_COPY, ALLOCATIONGRANULARITY, mmap
 from pathlib import Path
@@ -84,6 +85,9 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
         save_file(whole, beside, {"format": "pt", **(metadata or {})})
         beside.chmod(0o644)  # safetensors lets nobody but the owner read
         os.replace(beside, path)
+    except SafetensorError as error:  # which hides the system's own error in its text
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else EIO, f"{path} cannot be written: {error}") from None
     finally:
         beside.unlink(missing_ok=True)
 

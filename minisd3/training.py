@@ -2,27 +2,29 @@
 
 `fit` is a generator: it makes a step, yields how it went, and stops when its caller stops. All randomness of step n comes from a
 generator seeded with (seed, n), so a run that was killed and resumed takes the very steps of one that was not. A checkpoint is one
-safetensors file with weights, their moving average and the optimisers' state, replaced atomically.
+safetensors file with weights, their moving average and the optimisers' state, replaced atomically; any number of processes may go on
+from it (distributed.py).
 """
 
 import contextlib
+import errno
 import json
 import math
+import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Generator, Tensor, nn
 from torch.optim import AdamW, Muon
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from minisd3 import flow
-from minisd3.formats import write
+from minisd3 import distributed, flow
+from minisd3.formats import WeightsError, compare, write
 from minisd3.types import Conditioning
 from minisd3.vae import VAE
 
@@ -44,11 +46,12 @@ class Optimizer:
     """Muon for the weight matrices inside the network, AdamW for everything else (Jordan et al. 2024).
 
     A convolution (O I k k) is seen by Muon as the matrix (O, I k k) that it is. Both take learning rates of AdamW's size.
+    Muon's Newton-Schulz steps need whole matrices; of one in shards, torch's matrix products gather what they need, one after another.
     """
 
     def __init__(self, module: nn.Module, lr: float, *, weight_decay: float = 0.01) -> None:
         trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-        self.hidden = [p for n, p in trained if p.ndim >= 2 and not any(part in n for part in NOT_HIDDEN)]
+        self.hidden = [p for n, p in trained if self.is_hidden(n, p)]
         ids = {id(p) for p in self.hidden}
         rest = [p for _, p in trained if id(p) not in ids]
         self.matrices = [nn.Parameter(p.detach().flatten(1)) for p in self.hidden]  # share the parameters' storage
@@ -56,6 +59,10 @@ class Optimizer:
         self.parts: list[torch.optim.Optimizer] = [AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)]
         if self.matrices:
             self.parts.append(Muon(self.matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+
+    def is_hidden(self, name: str, parameter: Tensor) -> bool:
+        """Whether Muon takes this one."""
+        return parameter.ndim >= 2 and not any(part in name for part in NOT_HIDDEN)
 
     def step(self, factor: float) -> None:
         """One step at lr * factor, then no gradients."""
@@ -80,16 +87,28 @@ class Optimizer:
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `tensors`."""
         for which, part in enumerate(self.parts):
+            trained = part.param_groups[0]["params"]
             state: dict[int, dict[str, Tensor]] = {}
             for key, value in tensors.items():
                 owner, index, name = key.split(".")
                 if int(owner) == which:
-                    state.setdefault(int(index), {})[name] = value
+                    own = trained[int(index)]
+                    state.setdefault(int(index), {})[name] = distributed.like(value, own) if value.shape == own.shape else value
             part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
 
 
+class OnlyAdamW(Optimizer):
+    """AdamW for everything: to go on with what AdamW trained, and for LoRA, whose factors are no maps of their own."""
+
+    def is_hidden(self, name: str, parameter: Tensor) -> bool:
+        return False
+
+
 # what enters or leaves the network, or modulates it: embeddings, first and last layers, adaLN
-NOT_HIDDEN = ("embed", "adaLN_modulation", "final_layer", "conv_in", "conv_out", "register", "shared", "relative_attention_bias", "head")
+NOT_HIDDEN = (
+    "embed", "adaLN_modulation", "final_layer", "conv_in",
+    "conv_out", "register", "shared", "relative_attention_bias", "head",
+)  # fmt: skip
 
 
 def trapezoid(step: int, steps: int, *, warmup: int = 100, cooldown: float = 0.2) -> float:
@@ -97,45 +116,66 @@ def trapezoid(step: int, steps: int, *, warmup: int = 100, cooldown: float = 0.2
     return min(1.0, (step + 1) / warmup, (steps - step) / max(1, cooldown * steps))
 
 
-def step_generator(seed: int, step: int) -> Generator:
-    """The randomness of one step: a function of (seed, step) alone, which is what makes resuming exact."""
-    return Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + step) % 2**63)
+def step_generator(seed: int, step: int, part: int = 0) -> Generator:
+    """The randomness of one part of one step: a function of (seed, step, part) alone, which is what makes resuming exact."""
+    return Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + part * 0xBF58476D1CE4E5B9 + step) % 2**63)
 
 
 def fit(
-    module: nn.Module, loss: Loss, run: Path, *, steps: int, lr: float, seed: int = 0, ema: float = 0.99, save_every: int = 500
+    module: nn.Module,
+    loss: Loss,
+    run: Path,
+    *,
+    steps: int,
+    lr: float,
+    seed: int = 0,
+    ema: float = 0.99,
+    save_every: int = 500,
+    accumulate: int = 1,
+    optimizer: Callable[[nn.Module, float], Optimizer] = Optimizer,
 ) -> Iterator[Progress]:
     """Train `module` until it has made `steps` steps, yielding after each; continues run/checkpoint.safetensors if there is one.
 
-    Ctrl-C, closing the generator or reaching `steps` all save first; a kill loses at most `save_every` steps. `averaged(run)` reads
-    the moving average back.
+    module: on any device; under torchrun as distributed.replicate or distributed.shard give it. What does not require gradients is
+        neither trained nor saved
+    accumulate: how many calls of `loss`, each with a generator of its own, make a step; its loss is their mean
+
+    Ctrl-C, closing the generator or reaching `steps` all save first; a kill, a full disk or any other error loses at most `save_every`
+    steps. `averaged(run)` reads the moving average back. Raises FloatingPointError for a loss that is not finite.
     """
     run.mkdir(parents=True, exist_ok=True)
-    optimizer = Optimizer(module, lr)
-    average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=False)
-    start = _resume(run, module, average, optimizer)
+    state = _State(distributed.bare(module), optimizer, lr, ema)
+    start = state.resume(run)
     step, began = start, time.monotonic()
-    with _interrupts() as interrupted, (run / "log.jsonl").open("a") as log:
-        try:
-            while step < steps and not interrupted:
-                value = loss(module, step, step_generator(seed, step))
-                value.backward()
+    with _full_disk(run), _interrupts() as interrupted, _log(run, start) as log:
+        with contextlib.suppress(GeneratorExit):  # the caller stopped, between two steps
+            while step < steps and not distributed.anywhere(bool(interrupted)):
+                value = _gradients(module, loss, step, seed, accumulate)
                 nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-                optimizer.step(trapezoid(step, steps))
-                average.update_parameters(module)
+                state.step(trapezoid(step, steps))
                 step += 1
                 seconds = time.monotonic() - began
-                progress = Progress(step, steps, value.item(), seconds, (steps - step) * seconds / (step - start))
-                if not math.isfinite(progress.loss):
-                    raise FloatingPointError(f"the loss became {progress.loss} at step {step}; lower lr {lr} and resume from {run}")
-                log.write(json.dumps({"step": step, "loss": round(progress.loss, 6), "seconds": round(seconds, 3)}) + "\n")
+                progress = Progress(step, steps, value, seconds, (steps - step) * seconds / (step - start))
+                if not math.isfinite(value):
+                    raise FloatingPointError(f"the loss became {value} at step {step}; lower lr {lr} and resume from {run}")
+                log.write(json.dumps({"step": step, "loss": round(value, 6), "seconds": round(seconds, 3)}) + "\n")
                 if step % save_every == 0 and step < steps:
-                    _save(run, step, module, average, optimizer)
-                    log.flush()
+                    state.save(run, step)
                 yield progress
-        finally:
-            if step > start and math.isfinite(value.item()):
-                _save(run, step, module, average, optimizer)
+        if step > start:
+            state.save(run, step)
+
+
+def _gradients(module: nn.Module, loss: Loss, step: int, seed: int, accumulate: int) -> float:
+    """Gradients of one step, in the module; returns the mean loss."""
+    total = torch.zeros(())
+    for part in range(accumulate):
+        last = part == accumulate - 1
+        with contextlib.nullcontext() if last else distributed.without_averaging(module):
+            value = loss(module, step, step_generator(seed, step, part)) / accumulate
+            value.backward()
+        total = total + value.detach().cpu()
+    return distributed.mean(total)
 
 
 @contextlib.contextmanager
@@ -158,11 +198,77 @@ def _interrupts() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _save(run: Path, step: int, module: nn.Module, average: AveragedModel, optimizer: Optimizer) -> None:
-    tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
-    tensors |= {f"average.{k}": v for k, v in average.module.state_dict().items()}
-    tensors |= {f"optimizer.{k}": v for k, v in optimizer.tensors().items()}
-    write(run / "checkpoint.safetensors", {k: v.detach().clone() for k, v in tensors.items()}, {"step": str(step)})
+@contextlib.contextmanager
+def _full_disk(run: Path) -> Iterator[None]:
+    """Says what a full disk leaves."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        path = run / "checkpoint.safetensors"
+        left = f"{path} is whole, of step {_read(run, '-')[1]}" if path.exists() else "there is no checkpoint yet"
+        raise OSError(errno.ENOSPC, f"the disk is full; {left}: free some space and give the same command again") from error
+
+
+def _log(run: Path, start: int) -> TextIO:
+    """The run's log, cut back to `start` steps: those after the last checkpoint are made again."""
+    path = run / "log.jsonl" if distributed.is_first() else Path(os.devnull)
+    if path.is_file():
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+        if kept != lines:
+            beside = path.with_suffix(".new")
+            beside.write_text("".join(kept))
+            os.replace(beside, path)
+    return path.open("a", buffering=1)
+
+
+class _State:
+    """All that a run changes and a checkpoint keeps: weights, their moving average, the optimisers' state."""
+
+    def __init__(self, module: nn.Module, optimizer: Callable[[nn.Module, float], Optimizer], lr: float, ema: float) -> None:
+        trained = {name for name, p in module.named_parameters() if p.requires_grad}
+        whole = all(p.requires_grad for p in module.parameters())
+        self.weights = {name: x for name, x in module.state_dict().items() if whole or name in trained}  # the module's own memory
+        self.average = {name: x.clone() for name, x in self.weights.items()}
+        self.optimizer, self.ema, self.steps = optimizer(module, lr), ema, 0
+
+    def step(self, factor: float) -> None:
+        self.optimizer.step(factor)
+        for name, x in self.average.items():
+            if x.is_floating_point():
+                x.lerp_(self.weights[name], 1 - self.ema if self.steps else 1.0)
+        self.steps += 1
+
+    def save(self, run: Path, step: int) -> None:
+        tensors = {f"model.{name}": x for name, x in self.weights.items()}
+        tensors |= {f"average.{name}": x for name, x in self.average.items()}
+        tensors |= {f"optimizer.{name}": x for name, x in self.optimizer.tensors().items()}
+        whole = {name: copy for name, x in tensors.items() if (copy := distributed.to_first(x)) is not None}
+        if distributed.is_first():
+            write(run / "checkpoint.safetensors", whole, {"step": str(step)})
+        distributed.anywhere(False)  # so that nobody looks for it earlier
+
+    def resume(self, run: Path) -> int:
+        """Takes over the run's checkpoint, if there is one; returns how many steps it has made."""
+        path = run / "checkpoint.safetensors"
+        if path.exists():
+            _fill(self.weights, _read(run, "model.")[0], path)
+            averages, self.steps = _read(run, "average.")
+            _fill(self.average, averages, path)
+            self.optimizer.load_tensors(_read(run, "optimizer.")[0])
+        return self.steps
+
+
+def _fill(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor], path: Path) -> None:
+    wanted, found = ({name: tuple(x.shape) for name, x in some.items()} for some in (tensors, values))
+    if differs := compare(found, wanted):
+        raise WeightsError(
+            f"{path} is of a run that trained something else: {differs}; choose another folder, or move this one away"
+        )
+    for name, x in tensors.items():
+        x.copy_(distributed.like(values[name], x))
 
 
 def _read(run: Path, prefix: str) -> tuple[dict[str, Tensor], int]:
@@ -171,19 +277,8 @@ def _read(run: Path, prefix: str) -> tuple[dict[str, Tensor], int]:
         return tensors, int(file.metadata()["step"])
 
 
-def _resume(run: Path, module: nn.Module, average: AveragedModel, optimizer: Optimizer) -> int:
-    if not (run / "checkpoint.safetensors").exists():
-        return 0
-    weights, step = _read(run, "model.")
-    module.load_state_dict(weights)
-    average.module.load_state_dict(_read(run, "average.")[0])
-    average.n_averaged.fill_(step)
-    optimizer.load_tensors(_read(run, "optimizer.")[0])
-    return step
-
-
 def averaged(run: Path) -> dict[str, Tensor]:
-    """The moving average of a run's weights, as a state dict of the module that was trained."""
+    """The moving average of what a run trained, by the module's names; of a whole module, its state dict."""
     return _read(run, "average.")[0]
 
 
@@ -197,13 +292,28 @@ def autocast(device: torch.device | str = "cpu") -> torch.autocast:
 # --- losses ----------------------------------------------------------------------------------------------------------------------
 
 
-def flow_loss(mmdit: Callable[..., Tensor], x0: Tensor, cond: Conditioning, generator: Generator) -> Tensor:
-    """Mean squared error of the velocity at logit-normal times (Esser et al. 2024, eq. 14 and section 3.1)."""
-    t = flow.logit_normal(len(x0), generator=generator).to(x0.device)
-    noise = torch.randn(x0.shape, generator=generator).to(x0)
+def flow_loss(
+    mmdit: Callable[..., Tensor],
+    x0: Tensor,
+    cond: Conditioning,
+    generator: Generator,
+    *,
+    times: flow.Times = flow.logit_normal,
+    weight: Callable[[Tensor], Tensor] = flow.uniform_density,
+) -> Tensor:
+    """Weighted mean squared error of the velocity (Esser et al. 2024, eq. 14 and section 3.1).
+
+    x0 (B C H W) and cond: this process's share of the batch; generator: that of the whole batch, the same in every process
+    times: how times are drawn; weight: of the error at times t (B,). Drawing with a density, or drawing uniformly and weighting with the
+        density, is the same in the mean; the paper draws, since then no computation is spent on what hardly counts
+    """
+    n = len(x0) * distributed.processes()
+    t = distributed.share(times(n, generator=generator)).to(x0.device)
+    noise = distributed.share(torch.randn(n, *x0.shape[1:], generator=generator)).to(x0)
     with autocast(x0.device):
         v = mmdit(flow.interpolate(x0, noise, t), t, *cond)
-    return F.mse_loss(v.float(), flow.velocity(x0, noise))
+    error = (v.float() - flow.velocity(x0, noise)).square()
+    return (weight(t).view(-1, 1, 1, 1) * error).mean()
 
 
 def vae_loss(vae: VAE, image: Tensor, generator: Generator, *, kl_weight: float = 5e-4) -> Tensor:
@@ -211,7 +321,7 @@ def vae_loss(vae: VAE, image: Tensor, generator: Generator, *, kl_weight: float 
 
     Rombach et al. 2022 add a perceptual and an adversarial term, which need a network trained on photographs.
     """
-    with autocast():
+    with autocast(image.device):
         mean, logvar = vae.encode(image)
         decoded = vae.decode(vae.sample(mean.float(), logvar.float(), generator))
     error = decoded.float() - image

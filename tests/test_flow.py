@@ -89,14 +89,31 @@ def mode_below(t: Tensor, scale: float) -> Tensor:
     return 1 - low
 
 
-DRAWS: list[tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]] = [
+Below = Callable[[Tensor], Tensor]
+DRAWS: list[tuple[Callable[..., Tensor], Below]] = [
     (flow.logit_normal, partial(normal_below, mean=0, std=1)),
     (partial(flow.logit_normal, mean=0.5, std=0.6), partial(normal_below, mean=0.5, std=0.6)),
     (flow.uniform, lambda t: t),
     (flow.mode, partial(mode_below, scale=1.29)),
     (partial(flow.mode, scale=-0.8), partial(mode_below, scale=-0.8)),
     (flow.cosmap, lambda t: 2 / math.pi * torch.atan(t / (1 - t))),
+    (flow.shifted(flow.uniform, 3.0), lambda t: flow.shift_time(t, 1 / 3)),
 ]
+DENSITIES: list[Below] = [
+    flow.logit_normal_density,
+    partial(flow.logit_normal_density, mean=0.5, std=0.6),
+    flow.uniform_density,
+    flow.mode_density,
+    partial(flow.mode_density, scale=-0.8),
+    flow.cosmap_density,
+]
+
+
+@pytest.mark.parametrize("which", range(len(DENSITIES)))
+def test_a_density_is_the_slope_of_the_share_below(which: int) -> None:
+    t, h = torch.linspace(0.02, 0.98, 49, dtype=torch.float64), 1e-4
+    below = DRAWS[which][1]
+    torch.testing.assert_close(DENSITIES[which](t), (below(t + h) - below(t - h)) / (2 * h), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("which", range(len(DRAWS)))

@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minisd3"
 LAYERS = [
     {"types", "config"},
-    {"attention", "flow", "formats", "scenes"},
+    {"attention", "distributed", "flow", "formats", "scenes"},
     {"vae", "mmdit", "text", "guidance", "sampling"},
-    {"controlnet", "training", "introspect", "evaluate"},
-    {"weights", "recipes"},
+    {"controlnet", "lora", "training", "introspect", "evaluate"},
+    {"weights", "recipes", "data"},
     {"pipeline"},
     {"__init__", "plots", "widgets", "commands"},
     {"__main__"},

@@ -1,21 +1,27 @@
 """Training: the loop resumes to the bit after any end, and each loss is its formula."""
 
+import errno
+import json
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from minisd3 import flow
+from minisd3 import flow, formats
 from minisd3.config import MMDiTConfig
+from minisd3.formats import WeightsError
 from minisd3.mmdit import MMDiT
-from minisd3.training import Optimizer, averaged, fit, flow_loss, kl_divergence, step_generator, trapezoid
+from minisd3.training import OnlyAdamW, Optimizer, averaged, fit, flow_loss, kl_divergence, step_generator, trapezoid
 from minisd3.types import Conditioning
 
 
@@ -35,6 +41,10 @@ def train(run: Path, steps: int, stop: int | None = None) -> nn.Module:
         if progress.step == stop:
             break
     return module
+
+
+def steps_in_log(run: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def equal(a: nn.Module, b: nn.Module) -> bool:
@@ -78,6 +88,7 @@ def test_a_killed_run_resumes_to_the_bit(tmp_path: Path, number: signal.Signals)
     child.stdout.close()
     resumed = train(tmp_path / "run", 12)
     assert equal(resumed, train(tmp_path / "whole", 12))
+    assert steps_in_log(tmp_path / "run") == list(range(1, 13))  # what was made twice is told once
 
 
 def test_ctrl_c_ends_the_loop_after_the_step_and_saves(tmp_path: Path) -> None:
@@ -97,6 +108,72 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(tm
     with pytest.raises(FloatingPointError, match="step 5"):
         list(fit(net(), bad, tmp_path, steps=10, lr=1e-2, save_every=3))
     assert next(fit(net(), noisy_loss, tmp_path, steps=10, lr=1e-2)).step == 4
+
+
+def test_an_error_inside_a_step_saves_nothing_of_it(tmp_path: Path) -> None:
+    calls = []
+
+    def failing(module: nn.Module, step: int, generator: Generator) -> Tensor:
+        calls.append(step)
+        if len(calls) == 10:  # the second part of step 5
+            raise RuntimeError("no such picture")
+        return noisy_loss(module, step, generator)
+
+    with pytest.raises(RuntimeError, match="no such picture"):
+        list(fit(net(), failing, tmp_path / "run", steps=8, lr=1e-2, save_every=3, accumulate=2))
+    runs = [net(), net()]
+    for module, run in zip(runs, ("run", "whole"), strict=True):
+        list(fit(module, noisy_loss, tmp_path / run, steps=8, lr=1e-2, accumulate=2))
+    assert equal(*runs)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, path = formats.save_file, tmp_path / "checkpoint.safetensors"
+    kept = []
+
+    def full_from_the_second_time_on(tensors: Any, file: Path, metadata: Any) -> None:
+        if path.exists():
+            kept.append(path.read_bytes())
+            file.write_bytes(b"a part of it")
+            raise formats.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        real(tensors, file, metadata)
+
+    monkeypatch.setattr(formats, "save_file", full_from_the_second_time_on)
+    with pytest.raises(OSError, match="the disk is full; .*checkpoint.safetensors is whole, of step 3: free some space") as caught:
+        list(fit(net(), noisy_loss, tmp_path, steps=12, lr=1e-2, save_every=3))
+    assert caught.value.errno == errno.ENOSPC
+    assert {file.name for file in tmp_path.iterdir()} == {"checkpoint.safetensors", "log.jsonl"}
+    assert path.read_bytes() == kept[0]
+    monkeypatch.undo()
+    resumed = train(tmp_path, 12)
+    assert equal(resumed, train(tmp_path / "whole", 12))
+
+
+def test_two_parts_of_a_step_are_one_batch_twice_as_large(tmp_path: Path) -> None:
+    def both(module: nn.Module, step: int, generator: Generator) -> Tensor:
+        parts = [torch.randn(4, 3, 6, 6, generator=step_generator(0, step, part)) for part in range(2)]
+        x = torch.cat(parts)
+        return (module(x) - x.flatten(1)[:, :5]).square().mean()
+
+    one, two = net(), net()
+    losses = [[p.loss for p in fit(module, loss, tmp_path / str(n), steps=6, lr=1e-2, accumulate=n, optimizer=OnlyAdamW)]
+              for module, loss, n in ((one, both, 1), (two, noisy_loss, 2))]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_what_is_frozen_is_neither_trained_nor_saved(tmp_path: Path) -> None:
+    module, before = net(), net()
+    module[0].requires_grad_(False)
+    list(fit(module, noisy_loss, tmp_path, steps=2, lr=1e-2))
+    assert averaged(tmp_path).keys() == {"3.weight", "3.bias"}
+    assert torch.equal(module[0].weight, before[0].weight)
+    assert not torch.equal(module[3].weight, before[3].weight)
+    with pytest.raises(
+        WeightsError, match="is of a run that trained something else: 2 missing: 0.bias, 0.weight; choose another folder"
+    ):
+        next(fit(net(), noisy_loss, tmp_path, steps=4, lr=1e-2))
 
 
 def test_the_moving_average_is_one(tmp_path: Path) -> None:
@@ -125,8 +202,9 @@ def test_learning_rate_rises_stays_and_falls() -> None:
 
 
 def test_every_step_has_its_own_randomness() -> None:
-    draws = {torch.rand(1, generator=step_generator(seed, step)).item() for seed in range(3) for step in range(50)}
-    assert len(draws) == 150
+    each = [(seed, step, part) for seed in range(3) for step in range(50) for part in range(3)]
+    assert len({torch.rand(1, generator=step_generator(*one)).item() for one in each}) == 450
+    assert step_generator(5, 7).initial_seed() == step_generator(5, 7, 0).initial_seed() == (5 * 0x9E3779B97F4A7C15 + 7) % 2**63
 
 
 def test_flow_loss_is_its_formula() -> None:
@@ -137,6 +215,30 @@ def test_flow_loss_is_its_formula() -> None:
     flow.logit_normal(3, generator=generator)
     noise = torch.randn(x0.shape, generator=generator)
     torch.testing.assert_close(loss, (noise - x0).square().mean())
+
+
+DRAWN: list[tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]] = [
+    (flow.logit_normal, flow.logit_normal_density),
+    (partial(flow.mode, scale=0.8), partial(flow.mode_density, scale=0.8)),
+    (flow.cosmap, flow.cosmap_density),
+]
+
+
+@pytest.mark.parametrize("which", range(len(DRAWN)))
+def test_drawing_times_and_weighting_uniform_ones_are_the_same_in_the_mean(which: int) -> None:
+    def guess(x: Tensor, t: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+        return (3 * t.square()).view(-1, 1, 1, 1).expand_as(x)  # of a velocity that is pure noise: an error of 9 t^4 + 1
+
+    times, density = DRAWN[which]
+    x0, nothing = torch.zeros(50_000, 1, 2, 2), Conditioning(torch.zeros(()), torch.zeros(()))
+    drawn = flow_loss(guess, x0, nothing, Generator().manual_seed(0), times=times)
+    weighted = flow_loss(guess, x0, nothing, Generator().manual_seed(0), times=flow.uniform, weight=density)
+    t = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    expected = (density(t) * (9 * t**4 + 1)).mean()
+    plain = (9 * t**4 + 1).mean()
+    assert abs(expected - plain) > 0.1
+    for loss in (drawn, weighted):
+        assert loss.item() == pytest.approx(expected.item(), rel=0.02)
 
 
 def test_kl_divergence_matches_torch() -> None:
