@@ -33,19 +33,28 @@ class ResnetBlock(nn.Module):
         return self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x)))))) + self.nin_shortcut(x)
 
 
+class Pointwise(nn.Conv2d):
+    """A 1x1 convolution, which is the same linear map in each cell, of cells in a row: (B L C) -> (B L C)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 1)
+
+    def forward(self, cells: Tensor) -> Tensor:
+        return F.linear(cells, self.weight.flatten(1), self.bias)
+
+
 class AttnBlock(nn.Module):
     """Self-attention of one head between all cells of the coarsest level. (B C H W) -> the same"""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        self.q, self.k, self.v, self.proj_out = (Pointwise(channels) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        q, k, v = (part(h).flatten(2).transpose(1, 2).unsqueeze(2) for part in (self.q, self.k, self.v))  # (B HW 1 C)
-        h = attention(q, k, v).transpose(1, 2).unflatten(2, x.shape[2:])  # (B C H W)
-        return x + self.proj_out(h)
+        cells = self.norm(x).flatten(2).transpose(1, 2)  # (B L C): each cell's numbers side by side, else attention takes L x L memory
+        h = self.proj_out(attention(*(part(cells)[:, :, None] for part in (self.q, self.k, self.v))))  # (B L 1 C) each -> (B L C)
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class Downsample(nn.Module):
