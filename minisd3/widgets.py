@@ -6,16 +6,19 @@ an asyncio task, which gives up between two steps once its ticket is no longer t
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import ipywidgets as W
 import torch
 from PIL import Image
 
 from minisd3.config import require
-from minisd3.pipeline import SD3
+from minisd3.flow import sd3_schedule
+from minisd3.introspect import AttentionMap, AttentionRecorder, ContextToken, context_tokens
+from minisd3.pipeline import SD3, Size
 
 T = TypeVar("T")
 
@@ -39,7 +42,9 @@ def slider(label: str, value: float, low: float, high: float, step: float = 1, u
     """A slider that reports when it is let go; of whole numbers if value and step are whole."""
     kind = W.IntSlider if isinstance(value, int) and isinstance(step, int) else W.FloatSlider
     label = f"{label} ({unit})" if unit else label
-    return kind(value, min=low, max=high, step=step, description=label, continuous_update=False, style=_LABEL, layout={"width": "480px"})
+    return kind(
+        value, min=low, max=high, step=step, description=label, continuous_update=False, style=_LABEL, layout={"width": "480px"}
+    )
 
 
 def text(label: str, value: str) -> W.Widget:
@@ -161,3 +166,57 @@ def guidance_explorer(sd3: SD3, prompt: str, *, scale: int = 3) -> Explorer:
     if preset.slg:
         controls["slg"] = slider("skip-layer scale", 0.0, 0.0, 6.0, 0.25)
     return Explorer(draw, controls, shows=f"the picture drawn from the prompt {prompt!r}")
+
+
+class Look(NamedTuple):
+    """A step of a drawing: what the picture is becoming, and what attends to what, by block."""
+
+    t: float
+    picture: Image.Image  # where it would end if it went straight on from here
+    joint: dict[int, AttentionMap]
+    second: dict[int, AttentionMap]  # the picture's own attention, in dual blocks
+
+
+class Watched:
+    """A model's drawings with all their attention: each prompt is drawn once, and can then be looked at from every side.
+
+    A map of L tokens takes 4 L^2 bytes for each head, block and step, so a large model needs a small size and few steps. The newest
+    drawings are kept.
+    """
+
+    KEPT = 4
+
+    def __init__(self, sd3: SD3, *, seed: int = 0, steps: int | None = None, size: Size | None = None) -> None:
+        self.sd3, self.seed, self.settings, self.size = sd3, seed, sd3.settings(steps=steps), size
+        self._kept: dict[str, list[Look]] = {}
+
+    def tokens(self, prompt: str) -> list[ContextToken]:
+        return context_tokens(self.sd3.text.tokenize(prompt))
+
+    def looks(self, prompt: str) -> list[Look]:
+        """One for each step."""
+        if prompt not in self._kept:
+            for _ in self.drawing(prompt):
+                pass
+        return self._kept[prompt]
+
+    def drawing(self, prompt: str) -> Generator[tuple[float, None], None, list[Look]]:
+        """The same for an Explorer's draw, step by step: `looks = yield from watched.drawing(prompt)`."""
+        if prompt not in self._kept:
+            looks: list[Look] = []
+            for look in self._draw(prompt):
+                looks.append(look)
+                yield len(looks) / self.settings.steps, None
+            self._kept = dict([*self._kept.items(), (prompt, looks)][-self.KEPT :])
+        return self._kept[prompt]
+
+    def _draw(self, prompt: str) -> Iterator[Look]:
+        x = self.sd3.noise([torch.Generator().manual_seed(self.seed)], self.size)
+        states = self.sd3.sample(x, *self.sd3.encode_prompt(prompt), **self.settings._asdict())
+        for t, t_next in pairwise(sd3_schedule(self.settings.steps, self.settings.shift).tolist()):
+            with AttentionRecorder(self.sd3.mmdit) as recorder:  # not open while others run, between two steps
+                latent = next(states)
+            guess = latent + (latent - x) * (t_next / (t - t_next))
+            joint, second = ({block: kept for (_, block), kept in maps.items()} for maps in (recorder.maps, recorder.second))
+            yield Look(t, self.sd3.decode(guess)[0], joint, second)
+            x = latent

@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from minisd3.flow import sd3_schedule
 from minisd3.pipeline import load
-from minisd3.widgets import Explorer, follow, guidance_explorer, slider, text
+from minisd3.widgets import Explorer, Look, Watched, follow, guidance_explorer, slider, text
 
 STEPS = 20
 
@@ -175,3 +177,38 @@ def test_the_guidance_explorer_draws_what_generate_draws(random_model: Path) -> 
     same = sd3.generate("a star", negative="red", seed=5, steps=3, cfg=2.0, slg=slg, progress=False)[0]
     assert steps[-1][1] is not None
     assert steps[-1][1]._repr_png_() == same._repr_png_()
+
+
+def test_a_watched_drawing_is_the_one_that_generate_makes_and_is_made_once(random_model: Path) -> None:
+    sd3 = load(random_model / "sd3_tiny.safetensors")
+    watched = Watched(sd3, seed=3, steps=2)
+    drawing = watched.drawing("a red house")
+    assert next(drawing) == (0.5, None)
+    assert not torch.overrides._get_current_function_mode_stack()  # nothing is recorded while others run
+    assert next(drawing) == (1.0, None)
+    with pytest.raises(StopIteration) as end:
+        next(drawing)
+    looks = watched.looks("a red house")
+    assert looks is end.value.value is watched.looks("a red house")
+    assert [token.text for token in watched.tokens("a red house")][:5] == ["start", "a", "red", "house", "end"]
+    assert looks[-1].picture.tobytes() == sd3.generate("a red house", seed=3, steps=2, progress=False)[0].tobytes()
+    assert [look.t for look in looks] == pytest.approx(sd3_schedule(2)[:2].tolist())
+    assert set(looks[0].joint) == set(range(6)) and set(looks[0].second) == {0, 1, 2}
+    assert looks[0].joint[5].weights.shape == (6, 104, 104) and not torch.equal(
+        looks[0].joint[5].weights, looks[1].joint[5].weights
+    )
+
+
+def test_only_the_newest_drawings_are_kept(random_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(load(random_model / "sd3_tiny.safetensors"), steps=1, size=32)
+    drawn: list[str] = []
+    draw = watched._draw
+
+    def counted(prompt: str) -> Iterator[Look]:
+        drawn.append(prompt)
+        return draw(prompt)
+
+    monkeypatch.setattr(watched, "_draw", counted)
+    for prompt in ("a", "b", "c", "d", "e", "b", "a"):
+        assert watched.looks(prompt)[0].joint[0].size == (2, 2)
+    assert drawn == ["a", "b", "c", "d", "e", "a"]
