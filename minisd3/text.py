@@ -9,6 +9,7 @@ sd3.5 code (other_impls.py, sd3_infer.py); where diffusers does otherwise, TextC
 import sys
 import warnings
 from collections.abc import Collection, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -326,7 +327,12 @@ def _warn_of_cuts(prompt: str | Prompts, tokens: Tokens) -> None:
 
 def _ids(tokenizer: CLIPTokenizer | T5Tokenizer, every: list[str]) -> list[list[int]]:
     """The tokens of each word."""
-    return tokenizer(every, add_special_tokens=False).input_ids if every else []
+    return [_word_ids(tokenizer, word) for word in every]
+
+
+@lru_cache(maxsize=100_000)  # a training run reads the same words millions of times
+def _word_ids(tokenizer: CLIPTokenizer | T5Tokenizer, word: str) -> list[int]:
+    return list(tokenizer(word, add_special_tokens=False).input_ids)
 
 
 def _row(tokenizer: CLIPTokenizer | T5Tokenizer, ids: list[int], pad: int, length: int, cut: list[str]) -> Row:
