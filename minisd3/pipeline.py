@@ -142,7 +142,9 @@ class SD3:
         height, width = self.size(size, image)
         chosen = self.settings(steps=steps, cfg=cfg, slg=slg, sampler=sampler, shift=shift, controlled=control is not None)
         require(image is not None or mask is None, "a mask needs the image that it is for: generate(..., image=picture, mask=mask)")
-        require(0 < strength <= 1, f"strength is {strength}; it must be above 0, which keeps the image, and at most 1, which ignores it")
+        require(
+            0 < strength <= 1, f"strength is {strength}; it must be above 0, which keeps the image, and at most 1, which ignores it"
+        )
         generators = [torch.Generator().manual_seed(one) for one in seeds]
         times = schedule(chosen.steps, chosen.shift)
         self.last_state = None
@@ -257,7 +259,10 @@ class SD3:
         """Each loaded ControlNet with its hint, for `sample`. Hints that are pictures are brought to the size."""
         hints = [hints] if isinstance(hints, Image.Image | Tensor) else list(hints)
         nets = len(self.controlnets)
-        require(len(hints) == nets, f"{len(hints)} hints for {nets} ControlNets; give one for each that load(..., controlnet=...) loaded")
+        require(
+            len(hints) == nets,
+            f"{len(hints)} hints for {nets} ControlNets; give one for each that load(..., controlnet=...) loaded",
+        )
         strengths = [strength] * nets if isinstance(strength, int | float) else list(strength)
         require(len(strengths) == nets, f"{len(strengths)} control strengths for {nets} ControlNets; give one, or one for each")
         made = []
@@ -426,7 +431,7 @@ def load(
     name_or_path: "tiny", which comes with the package; a released single file (sd3.5_medium.safetensors); a folder in diffusers' layout,
         or the hub's id of one ("stabilityai/stable-diffusion-3.5-medium"), which is downloaded. The preset is the one with the same
         transformer; the large model and its turbo, alike in that, are told apart by "turbo" in the name
-    controlnet: file or folder of one or several
+    controlnet: file, folder or hub id of one or several; "canny", "blur" and "depth" are those that come with "tiny"
     text_encoders: folder of clip_l, clip_g and t5xxl .safetensors; by default text_encoders/ beside the single file, or else its own folder
     without: encoders to do without: "clip_l", "clip_g", "t5"
     device: by default CUDA, Apple's MPS or the CPU, the first that there is
@@ -443,7 +448,7 @@ def load(
     preset = find_preset(mmdit.config, Path(name_or_path).name)
     vae = load_vae(path, device=home, dtype=dtype)
     paths = [] if controlnet is None else [controlnet] if isinstance(controlnet, str | Path) else list(controlnet)
-    nets = [load_controlnet(one, device=home, dtype=dtype) for one in paths]
+    nets = [load_controlnet(_find_controlnet(one), device=home, dtype=dtype) for one in paths]
     for net in nets:
         check_fit(net.config, mmdit.config)
     if text_encoders is None:
@@ -494,35 +499,63 @@ def _find(name_or_path: str | Path) -> Path:
         raise FileNotFoundError(
             f"{name} does not come with this package; load its hub id {HUB[name]!r}, which downloads it, or the path of its .safetensors"
         )
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(".safetensors"):
-        return _download(name)
+    if _is_hub_id(name):
+        folder = _download(name, ["model_index.json", *(f"{folder}/*" for folder in FOLDERS)])
+        return _with(folder / "transformer", name).parent
     raise FileNotFoundError(
         f"there is no file, folder or preset {name!r}; give a path, an id of the hub (owner/name), or one of {', '.join(PRESETS)}"
     )
 
 
-def _download(repository: str) -> Path:
-    """Fetch a diffusers folder from the hub, with a progress bar; what is there already is not fetched again."""
+def _find_controlnet(name_or_path: str | Path) -> Path:
+    """The file or folder of a ControlNet."""
+    name, path = str(name_or_path), Path(name_or_path).expanduser()
+    shipped = MODELS / "tiny" / f"controlnet_{name}.safetensors"
+    if shipped.is_file():
+        return shipped
+    if path.exists():
+        return path
+    if _is_hub_id(name):
+        return _with(_download(name, ["config.json", "*.safetensors"]) / "config.json", name).parent
+    raise FileNotFoundError(
+        f"there is no ControlNet {name!r}; give a file, a folder, an id of the hub (owner/name), or, for the tiny model, one of canny, blur, depth"
+    )
+
+
+def _is_hub_id(name: str) -> bool:
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not name.endswith(".safetensors")
+
+
+def _with(part: Path, repository: str) -> Path:
+    if not part.exists():
+        raise FileNotFoundError(
+            f"{repository} has no {part.name}, so it is not in diffusers' layout; download its .safetensors "
+            f"from https://huggingface.co/{repository} and load that path"
+        )
+    return part
+
+
+def _download(repository: str, wanted: list[str]) -> Path:
+    """Fetch these files of the hub's repository, with a progress bar; what is there already is not fetched again."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     page = f"https://huggingface.co/{repository}"
-    wanted = ["model_index.json", *(f"{folder}/*" for folder in FOLDERS)]
     login = "log in with `hf auth login`, or set HF_TOKEN to a token from https://huggingface.co/settings/tokens"
     try:
-        folder = Path(snapshot_download(repository, allow_patterns=wanted, ignore_patterns=["*.fp16*", "*.bin", "*.msgpack", "*.onnx*"]))
+        folder = Path(
+            snapshot_download(repository, allow_patterns=wanted, ignore_patterns=["*.fp16*", "*.bin", "*.msgpack", "*.onnx*"])
+        )
     except GatedRepoError:
         raise PermissionError(f"{repository} is open to those who accept its licence: do so on {page}, then {login}") from None
     except RepositoryNotFoundError:
-        raise FileNotFoundError(f"the hub has no {repository}, or shows it only to some: check {page}; if you may see it, {login}") from None
+        raise FileNotFoundError(
+            f"the hub has no {repository}, or shows it only to some: check {page}; if you may see it, {login}"
+        ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
         reason = str(error).splitlines()[0]
         raise ConnectionError(
             f"{repository} is not on this machine, and the hub cannot be reached ({reason}). With a connection, load it once (HF_HUB_OFFLINE "
             "must not be set) and it stays; or copy its folder here and load that path"
         ) from None
-    if not (folder / "transformer").is_dir():
-        raise FileNotFoundError(
-            f"{repository} is not in diffusers' layout; download its .safetensors and text encoders from {page}, and load that path"
-        )
     return folder

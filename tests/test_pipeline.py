@@ -118,7 +118,9 @@ def test_skip_layer_guidance_equals_diffusers(sd3: SD3, parts: dict[str, Any]) -
 
     window = {"skip_layer_guidance_scale": 1.5, "skip_layer_guidance_start": 0.01, "skip_layer_guidance_stop": 0.6}
     pipe = StableDiffusion3Pipeline(**parts)
-    theirs = diffusers_call(pipe, latents=noise(7), output_type="latent", skip_guidance_layers=[2, 3], **window, height=64, width=64)
+    theirs = diffusers_call(
+        pipe, latents=noise(7), output_type="latent", skip_guidance_layers=[2, 3], **window, height=64, width=64
+    )
     sd3.generate(PROMPT, **OURS, slg=SkipLayers((2, 3), 1.5, 0.01, 0.6))
     assert_close(latent(sd3), theirs, rtol=0, atol=1e-4)
 
@@ -303,9 +305,27 @@ def test_a_controlnet_of_another_base_is_refused(random_model: Path, tmp_path: P
     from minisd3.config import ControlNetConfig
     from minisd3.controlnet import ControlNet
 
-    weights.save_released(tmp_path / "other.safetensors", ControlNet(ControlNetConfig(depth=2, num_heads=4, head_dim=64, pooled_dim=224)))
+    weights.save_released(
+        tmp_path / "other.safetensors", ControlNet(ControlNetConfig(depth=2, num_heads=4, head_dim=64, pooled_dim=224))
+    )
     with pytest.raises(ValueError, match="does not fit its base"):
         load(random_model / "sd3_tiny.safetensors", controlnet=tmp_path / "other.safetensors", device="cpu")
+
+
+def test_a_controlnet_is_found_by_path_name_or_hub_id(random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from minisd3 import pipeline, weights
+
+    net = weights.load_controlnet(random_model / "control.safetensors")
+    (tmp_path / "tiny").mkdir()
+    weights.save_released(tmp_path / "tiny" / "controlnet_blur.safetensors", net)
+    weights.save_diffusers(tmp_path / "hub", net)
+    monkeypatch.setattr(pipeline, "MODELS", tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(tmp_path / name.split("/")[1]))
+    for name in ("blur", "owner/hub", random_model / "control.safetensors"):
+        assert load(random_model / "sd3_tiny.safetensors", controlnet=name, device="cpu").controlnets[0].config == net.config
+    for name, says in (("canny", "no ControlNet 'canny'"), ("owner/tiny", "owner/tiny has no config.json")):
+        with pytest.raises(FileNotFoundError, match=says):
+            load(random_model / "sd3_tiny.safetensors", controlnet=name, device="cpu")
 
 
 # --- watching and stopping --------------------------------------------------------------------------------------------------------
@@ -445,7 +465,11 @@ def hub_error(kind: type[Exception], status: int) -> Exception:
 def hub_errors() -> Iterator[tuple[Any, type[Exception], str]]:
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    yield hub_error(GatedRepoError, 403), PermissionError, "accept its licence: do so on https://huggingface.co/a/b, then log in with `hf auth login`"
+    yield (
+        hub_error(GatedRepoError, 403),
+        PermissionError,
+        "accept its licence: do so on https://huggingface.co/a/b, then log in with `hf auth login`",
+    )
     yield hub_error(RepositoryNotFoundError, 401), FileNotFoundError, "the hub has no a/b, or shows it only to some.*HF_TOKEN"
     yield LocalEntryNotFoundError("cannot find"), ConnectionError, "a/b is not on this machine, and the hub cannot be reached"
 
@@ -468,7 +492,9 @@ def test_a_hub_id_is_downloaded_without_what_is_not_needed(monkeypatch: pytest.M
 
     asked: dict[str, Any] = {}
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **named: asked.update(named, name=name) or str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="owner/name is not in diffusers' layout; download its .safetensors"):
+    with pytest.raises(
+        FileNotFoundError, match="owner/name has no transformer, so it is not in diffusers' layout; download its .safetensors"
+    ):
         load("owner/name")
     assert asked.pop("name") == "owner/name"
     files = ["model_index.json", "sd3.5_medium.safetensors", "text_encoders/t5xxl_fp16.safetensors", "text_encoder/model.fp16.safetensors",
@@ -478,7 +504,9 @@ def test_a_hub_id_is_downloaded_without_what_is_not_needed(monkeypatch: pytest.M
 
 
 def test_names_that_are_nowhere() -> None:
-    with pytest.raises(FileNotFoundError, match="does not come with this package; load its hub id 'stabilityai/stable-diffusion-3.5-medium'"):
+    with pytest.raises(
+        FileNotFoundError, match="does not come with this package; load its hub id 'stabilityai/stable-diffusion-3.5-medium'"
+    ):
         load("sd3.5-medium")
     with pytest.raises(FileNotFoundError, match="no file, folder or preset 'sd35'; give a path, .* or one of tiny, sd3-medium"):
         load("sd35")
