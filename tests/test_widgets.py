@@ -192,7 +192,7 @@ def test_a_watched_drawing_is_the_one_that_generate_makes_and_is_made_once(rando
     assert looks is end.value.value is watched.looks("a red house")
     assert [token.text for token in watched.tokens("a red house")][:5] == ["start", "a", "red", "house", "end"]
     assert looks[-1].picture.tobytes() == sd3.generate("a red house", seed=3, steps=2, progress=False)[0].tobytes()
-    assert [look.t for look in looks] == pytest.approx(sd3_schedule(2)[:2].tolist())
+    assert [look.t for look in looks] == pytest.approx(sd3_schedule(2, sd3.preset.shift)[:2].tolist())
     assert set(looks[0].joint) == set(range(6)) and set(looks[0].second) == {0, 1, 2}
     assert looks[0].joint[5].weights.shape == (6, 104, 104) and not torch.equal(
         looks[0].joint[5].weights, looks[1].joint[5].weights
