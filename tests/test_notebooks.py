@@ -1,5 +1,6 @@
 """The notebooks as files: executed, clean, small, readable, and with exercises whose checks tell right from wrong. No kernel runs here."""
 
+import json
 import re
 import subprocess
 import sys
@@ -112,7 +113,7 @@ def check(notebook: str, number: int, answer: str) -> str:
     """What the notebook's check prints for an answer, which takes the place of the exercise's cell."""
     cells = {cell.id: cell.source for cell in nbformat.read(FOLDER / notebook, as_version=4).cells}
     said: list[str] = []
-    space = {"torch": torch, "print": lambda *words: said.append(" ".join(map(str, words)))}
+    space = {"torch": torch, "F": torch.nn.functional, "print": lambda *words: said.append(" ".join(map(str, words)))}
     exec(answer, space)  # noqa: S102
     exec(cells[f"check-{number}"], space)  # noqa: S102
     return "\n".join(said)
@@ -155,6 +156,72 @@ def test_checks_of_sampling(number: int, answer: str, said: str) -> None:
     assert result.startswith("right") == (said == "right")
 
 
+DOWN = "def down(x, weight, bias):\n    return F.conv2d(F.pad(x, {}), weight, {}, stride={})"
+KL = "def kl(mean, logvar):\n    return {}"
+CONSTANTS = "shift, scale, latent_of_2 = {}"
+LATENTS = [
+    (1, DOWN.format((0, 1, 0, 1), "bias", 2), "right"),
+    (1, DOWN.format((1, 1, 1, 1), "bias", 2), "on the left and at the top as well"),
+    (1, DOWN.format((1, 0, 0, 1), "bias", 2), "on the left; F.pad counts"),
+    (1, DOWN.format((0, 1, 1, 0), "bias", 2), "at the top; F.pad counts"),
+    (1, DOWN.format((0, 0, 0, 0), "bias", 2), "nothing was padded"),
+    (1, DOWN.format((0, 1, 0, 1), "None", 2), "the bias is missing"),
+    (1, DOWN.format((0, 1, 0, 1), "bias", 1), "the stride is 2"),
+    (1, DOWN.format((0, 1, 0, 1), "2 * bias", 2), "the values are not"),
+    (1, "def down(x, weight, bias):\n    ...", "not written yet"),
+    (2, KL.format("0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()"), "right"),
+    (2, KL.format("0.5 * (mean**2 + logvar.exp() - 1 - logvar)"), "average them"),
+    (2, KL.format("0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum()"), "you added them up"),
+    (2, KL.format("(mean**2 + logvar.exp() - 1 - logvar).mean()"), "one half is missing"),
+    (2, KL.format("0.5 * (1 + logvar - mean**2 - logvar.exp()).mean()"), "never negative"),
+    (2, KL.format("0.5 * (mean**2 + (logvar / 2).exp() - 1 - logvar).mean()"), "is the variance"),
+    (2, KL.format("0.5 * (mean + logvar.exp() - 1 - logvar).mean()"), "enters squared"),
+    (2, KL.format("mean.mean()"), "and yours 1.0000"),
+    (2, KL.format("None"), "not written yet"),
+    (3, CONSTANTS.format("3, 2, 4"), "right"),
+    (3, CONSTANTS.format("-3, 2, 4"), "mind the sign"),
+    (3, CONSTANTS.format("1, 2, 4"), "what is subtracted"),
+    (3, CONSTANTS.format("3, 0.5, 4"), "the scale its inverse"),
+    (3, CONSTANTS.format("3, 2, 10"), "the other way round"),
+    (3, CONSTANTS.format("3, 2, -2"), "you normalised 2"),
+    (3, CONSTANTS.format("3, 2, 7"), "divides by the scale"),
+    (3, CONSTANTS.format("3, 2, 5"), "solves (latent - 3) * 2 = 2"),
+    (3, CONSTANTS.format("None, None, None"), "not answered yet"),
+]
+
+
+@pytest.mark.parametrize(("number", "answer", "said"), LATENTS)
+def test_checks_of_the_vae(number: int, answer: str, said: str) -> None:
+    result = check("01_vae.ipynb", number, answer)
+    assert said in result
+    assert result.startswith("right") == (said == "right")
+
+
+# --- shape tables as they are printed, against the released files -----------------------------------------------------------------
+
+
+def tables(notebook: str) -> list[list[dict[str, str]]]:
+    """The shape tables that a notebook shows, a row as column: text."""
+    shown = []
+    for cell in nbformat.read(FOLDER / notebook, as_version=4).cells:
+        for output in cell.get("outputs", []):
+            table = output.get("data", {}).get("text/markdown", "")
+            if table.startswith("| name | kind | input |"):
+                header, _, *rows = ([word.strip() for word in line.split("|")[1:-1]] for line in table.splitlines())
+                shown.append([dict(zip(header, row, strict=True)) for row in rows])
+    return shown
+
+
+def test_the_released_vae_is_shown_as_its_file_holds_it() -> None:
+    names = json.loads((Path(__file__).parent / "facts" / "sd3.5_medium.keys.json").read_text())
+    _, *released = tables("01_vae.ipynb")
+    for half, table in zip(("encoder", "decoder"), released, strict=True):
+        for row in table:
+            begin = f"first_stage_model.{half}." + re.sub(r"(\d+)-\d+", r"\1", row["name"]) + "." * bool(row["name"])
+            held = sum(torch.Size(shape).numel() for name, shape in names.items() if name.startswith(begin))
+            assert held == int(row["parameters"].replace(",", "")), row
+
+
 # --- the runner -------------------------------------------------------------------------------------------------------------------
 
 PAGE = """
@@ -191,7 +258,11 @@ def test_the_runner_writes_the_same_bytes_twice_and_notices_changes(tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("source", "said"),
-    [("1 / 0", "ZeroDivisionError"), ("import warnings; warnings.warn('careful')", "careful"), ("while True: pass", "longer than 2 s")],
+    [
+        ("1 / 0", "ZeroDivisionError"),
+        ("import warnings; warnings.warn('careful')", "careful"),
+        ("while True: pass", "longer than 2 s"),
+    ],
 )
 def test_the_runner_refuses_errors_warnings_and_endless_cells(tmp_path: Path, source: str, said: str) -> None:
     page = write(tmp_path / "page.ipynb", source)
