@@ -1,6 +1,7 @@
 """The recorder sees true attention and changes nothing; the tables tell what is known about the released models."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -240,6 +241,18 @@ def test_shape_table_of_large() -> None:
     names = json.loads((FACTS / "sd3.5_large.keys.json").read_text())
     prefix = "model.diffusion_model.joint_blocks.37."
     assert rows["joint_blocks.37"].parameters == sum(torch.Size(s).numel() for n, s in names.items() if n.startswith(prefix))
+
+
+@pytest.mark.parametrize(("preset", "file"), [("sd3-medium", "sd3_medium"), ("sd3.5-medium", "sd3.5_medium")])
+def test_shape_tables_agree_with_the_released_files(preset: str, file: str) -> None:
+    with torch.device("meta"):
+        model = MMDiT(PRESETS[preset].mmdit)
+    shapes = json.loads((FACTS / f"{file}.keys.json").read_text())
+    prefix = "model.diffusion_model."
+    for row in shape_table(model, *transformer_inputs(PRESETS[preset]), depth=2).rows[1:]:
+        name = re.sub(r"\.(\d+)-\d+", r".\1", row.name)  # the first of those that are alike
+        held = [torch.Size(shape).numel() for key, shape in shapes.items() if key.startswith(f"{prefix}{name}.")]
+        assert sum(held) == row.parameters, row.name
 
 
 def test_shape_table_goes_deep_in_the_order_of_work(model: MMDiT) -> None:
