@@ -29,7 +29,7 @@ from minisd3.controlnet import HINTS, ControlNet, depth
 from minisd3.formats import write
 from minisd3.mmdit import MMDiT
 from minisd3.scenes import Scene
-from minisd3.text import ImageTower, Row, TextEncoders, read_clip
+from minisd3.text import Ids, ImageTower, Row, TextEncoders, read_clip
 from minisd3.training import Progress, autocast, fit, flow_loss, vae_loss
 from minisd3.types import Conditioning
 from minisd3.vae import VAE
@@ -97,10 +97,16 @@ def prepared(folder: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def scene_latents(vae: VAE, seeds: list[int]) -> dict[str, Tensor]:
-    """What the transformer learns from: normalised "latents" (n C h w) in fp16 and "layouts" (n L 20)."""
-    latents = vae.normalize(vae.encode(scenes.pictures(seeds))[0]).half()
-    return {"latents": latents, "layouts": torch.stack([layout(scenes.scene(seed)) for seed in seeds])}
+def scene_latents(vae: VAE, text: TextEncoders, seeds: list[int]) -> dict[str, Tensor]:
+    """What the transformer learns from: normalised "latents" (n C h w) in fp16, "layouts" (n L 20), "captions" (n 12 60), "things" (n)."""
+    drawn = [scenes.scene(seed) for seed in seeds]
+    image = pictures_of(drawn).to(next(vae.parameters()).device)
+    return {
+        "latents": vae.normalize(vae.encode(image)[0]).half().cpu(),
+        "layouts": torch.stack([layout(scene) for scene in drawn]),
+        "captions": torch.stack([caption_ids(text, scene) for scene in drawn]),
+        "things": torch.tensor([len(scene.things) for scene in drawn]),
+    }
 
 
 @torch.no_grad()
@@ -108,7 +114,8 @@ def hint_latents(vae: VAE, kind: str, seeds: list[int]) -> dict[str, Tensor]:
     """What a ControlNet of this kind reads: "hints" (n C h w) in fp16."""
     drawn = [scenes.scene(seed) for seed in seeds]
     hints = depth(torch.stack([scene.depth() for scene in drawn])) if kind == "depth" else HINTS[kind](pictures_of(drawn))
-    return {"hints": vae.normalize(vae.encode(hints)[0]).half()}
+    hints = hints.to(next(vae.parameters()).device)
+    return {"hints": vae.normalize(vae.encode(hints)[0]).half().cpu()}
 
 
 def layout(scene: Scene, patch: int = 16) -> Tensor:
@@ -156,12 +163,6 @@ def layout_loss(logits: Tensor, layouts: Tensor) -> Tensor:
     return of_kinds + of_colours
 
 
-def drop_prompts(prompts: list[str], generator: Generator, rate: float = 0.1) -> list[str]:
-    """Some prompts made empty, so that the model also learns the unconditional velocity that CFG needs (Ho & Salimans 2022)."""
-    dropped = (torch.rand(len(prompts), generator=generator) < rate).tolist()
-    return ["" if drop else prompt for prompt, drop in zip(prompts, dropped, strict=True)]
-
-
 def drop_encoders(
     cond: Conditioning, config: TextConfig, generator: Generator, rates: tuple[float, float, float] = (0.05, 0.05, 0.08)
 ) -> Conditioning:
@@ -177,20 +178,38 @@ def drop_encoders(
     return Conditioning(cond.context * torch.cat([clip, rest], dim=1), cond.pooled * pooled)
 
 
-class Captioned:
-    """Draws batches of prepared scenes, those of several objects twice as often, with captions phrased anew each time."""
+def caption_ids(text: TextEncoders, scene: Scene) -> Tensor:
+    """Every phrasing of a scene's caption as token numbers, of CLIP-L, CLIP-G and T5 in a row: int16 (12 20+20+20)."""
+    return _ids(text, [scene.caption(manner) for manner in range(scenes.PHRASINGS)])
 
-    def __init__(self, text: TextEncoders, seeds: Tensor) -> None:
-        self.text = text
-        self.scenes = [scenes.scene(seed) for seed in seeds.tolist()]
-        self.weights = torch.tensor([1.0 if len(scene.things) == 1 else 2.0 for scene in self.scenes])
+
+def _ids(text: TextEncoders, prompts: list[str]) -> Tensor:
+    ids = Ids.of([text.tokenize(prompt) for prompt in prompts])
+    return torch.cat([each for each in ids if each is not None], dim=1).short()
+
+
+class Captioned:
+    """Draws batches of prepared scenes, those of several objects twice as often, each time with one of its captions."""
+
+    def __init__(self, text: TextEncoders, data: dict[str, Tensor]) -> None:
+        """data: of `scene_latents`, or any that has its "captions" and "things"."""
+        self.text, self.captions = text, data["captions"]
+        self.weights = torch.where(data["things"] > 1, 2.0, 1.0)
+        self.nothing = _ids(text, [""])
 
     def draw(self, batch: int, generator: Generator, *, empty: float = 0.1) -> tuple[Tensor, Conditioning]:
-        """Which scenes (B,), and what the text encoders say of them. empty: the share of captions that are left out."""
+        """Which scenes (B,), and what the text encoders say of them.
+
+        empty: the share of captions that are left out, so that the model also learns the unconditional velocity that CFG needs (Ho &
+        Salimans 2022).
+        """
         index = torch.multinomial(self.weights, batch, replacement=True, generator=generator)
         manner = torch.randint(scenes.PHRASINGS, (batch,), generator=generator)
-        prompts = [self.scenes[i].caption(m) for i, m in zip(index.tolist(), manner.tolist(), strict=True)]
-        return index, drop_encoders(self.text.encode(drop_prompts(prompts, generator, empty)), self.text.config, generator)
+        left_out = torch.rand(batch, 1, generator=generator) < empty
+        ids = torch.where(left_out, self.nothing, self.captions[index, manner]).long()  # (B L'')
+        config = self.text.config
+        cond = self.text.read(Ids(*ids.split((config.clip_length, config.clip_length, config.t5_length), dim=1)))
+        return index, drop_encoders(cond, config, generator)
 
 
 def train_mmdit(
@@ -198,7 +217,7 @@ def train_mmdit(
     seed: int = 0,
 ) -> Iterator[Progress]:  # fmt: skip
     """Train on what `scene_latents` prepared. The run's weights are those of `Aligned`, so the transformer's begin with "mmdit."."""
-    captioned = Captioned(text, data["seeds"])
+    captioned = Captioned(text, data)
 
     def loss(module: nn.Module, step: int, generator: Generator) -> Tensor:
         index, cond = captioned.draw(batch, generator)
@@ -240,12 +259,12 @@ def train_controlnet(
     Half of the captions are empty, so that the hint is read and not only the prompt (Zhang et al. 2023, section 3.2).
     """
     place = {seed: i for i, seed in enumerate(data["seeds"].tolist())}
-    latents = data["latents"][[place[seed] for seed in hints["seeds"].tolist()]]
-    captioned = Captioned(text, hints["seeds"])
+    data = {name: each[[place[seed] for seed in hints["seeds"].tolist()]] for name, each in data.items()}
+    captioned = Captioned(text, data)
 
     def loss(module: nn.Module, step: int, generator: Generator) -> Tensor:
         index, cond = captioned.draw(batch, generator, empty=0.5)
-        x0, hint = latents[index].to(text.device).float(), hints["hints"][index].to(text.device).float()
+        x0, hint = data["latents"][index].to(text.device).float(), hints["hints"][index].to(text.device).float()
         return flow_loss(partial(module, hint=hint), x0, cond, generator)
 
     return fit(Steered(net, mmdit), loss, run, steps=steps, lr=lr, seed=seed)

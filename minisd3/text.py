@@ -50,6 +50,22 @@ class Tokens(NamedTuple):
     t5: Row | None
 
 
+class Ids(NamedTuple):
+    """Token numbers of a batch, (B L) for each encoder; None where there is no such encoder."""
+
+    clip_l: Tensor | None
+    clip_g: Tensor | None
+    t5: Tensor | None
+
+    @classmethod
+    def of(cls, tokens: Sequence[Tokens]) -> "Ids":
+        """Those of prompts that were read by `TextEncoders.tokenize`; T5's are padded to the longest."""
+        rows = ([row.ids for row in of_one if row] for of_one in zip(*tokens, strict=True))
+        return cls(
+            *(torch.tensor([ids + (max(map(len, each)) - len(ids)) * [T5_PAD] for ids in each]) if each else None for each in rows)
+        )
+
+
 class TruncationWarning(UserWarning):
     """An encoder did not read the whole prompt."""
 
@@ -217,11 +233,17 @@ class TextEncoders(nn.Module):
         tokens = [self.tokenize(prompt) for prompt in prompts]
         for prompt, read in zip(prompts, tokens, strict=True):
             _warn_of_cuts(prompt, read)
-        context_l, pooled_l = self._read_clip(self.clip_l, self.config.clip_l, [read.clip_l for read in tokens])
-        context_g, pooled_g = self._read_clip(self.clip_g, self.config.clip_g, [read.clip_g for read in tokens])
+        return self.read(Ids.of(tokens))
+
+    @torch.no_grad()
+    def read(self, ids: Ids) -> Conditioning:
+        """What `encode` gives, of prompts that are token numbers already."""
+        n = next(len(each) for each in ids if each is not None)
+        context_l, pooled_l = self._read_clip(self.clip_l, self.config.clip_l, ids.clip_l, n)
+        context_g, pooled_g = self._read_clip(self.clip_g, self.config.clip_g, ids.clip_g, n)
         clip = torch.cat([context_l, context_g], dim=-1)  # (B L D_l+D_g)
         clip = F.pad(clip, (0, self.config.context_dim - clip.shape[-1]))  # (B L D)
-        context = torch.cat([clip, self._read_t5([read.t5 for read in tokens])], dim=1)
+        context = torch.cat([clip, self._read_t5(ids.t5, n)], dim=1)
         return Conditioning(context, torch.cat([pooled_l, pooled_g], dim=-1))
 
     def tokenize(self, prompt: str | Prompts) -> Tokens:
@@ -253,23 +275,20 @@ class TextEncoders(nn.Module):
         return _row(self.t5_tokenizer, [*ids, T5_END], T5_PAD, self.config.t5_length, every[min(whole, same) :])
 
     def _read_clip(
-        self, tower: CLIPTextModelWithProjection | None, config: CLIPConfig, rows: Sequence[Row | None]
+        self, tower: CLIPTextModelWithProjection | None, config: CLIPConfig, ids: Tensor | None, n: int
     ) -> tuple[Tensor, Tensor]:
-        if tower is None:
-            context = torch.zeros(len(rows), self.config.clip_length, config.width, device=self.device)
+        if tower is None or ids is None:
+            context = torch.zeros(n, self.config.clip_length, config.width, device=self.device)
             return context, context[:, 0]
-        ids = torch.tensor([row.ids for row in rows if row], device=tower.device)
-        context, pooled = read_clip(tower, ids, project=config.project)
+        context, pooled = read_clip(tower, ids.to(tower.device), project=config.project)
         return context.to(self.device, torch.float32), pooled.to(self.device, torch.float32)
 
-    def _read_t5(self, rows: Sequence[Row | None]) -> Tensor:
-        if self.t5 is None:
+    def _read_t5(self, ids: Tensor | None, n: int) -> Tensor:
+        if self.t5 is None or ids is None:
             length = self.config.t5_length if self.config.without_t5 == "zeros" else 0
-            return torch.zeros(len(rows), length, self.config.context_dim, device=self.device)
-        every = [row.ids for row in rows if row]
-        longest = max(len(ids) for ids in every)
-        ids = torch.tensor([ids + (longest - len(ids)) * [T5_PAD] for ids in every], device=self.t5.device)
-        return self.t5(ids).last_hidden_state.to(self.device, torch.float32)  # no mask: the padding is read as well
+            return torch.zeros(n, length, self.config.context_dim, device=self.device)
+        out = self.t5(ids.to(self.t5.device)).last_hidden_state  # no mask: the padding is read as well
+        return out.to(self.device, torch.float32)
 
     @classmethod
     def load(

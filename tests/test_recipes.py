@@ -15,8 +15,8 @@ from minisd3.recipes import (
     Captioned,
     Steered,
     batched,
+    caption_ids,
     drop_encoders,
-    drop_prompts,
     hint_latents,
     layout,
     layout_loss,
@@ -26,7 +26,7 @@ from minisd3.recipes import (
     scene_latents,
     train_controlnet,
     train_mmdit,
-)  # fmt: skip
+)
 from minisd3.text import TextEncoders
 from minisd3.training import averaged
 from minisd3.types import Conditioning
@@ -49,12 +49,6 @@ def text() -> TextEncoders:
     return TextEncoders.load(folder, PRESETS["tiny"].text, dtype=torch.float32)
 
 
-def test_prompts_are_dropped_at_the_rate() -> None:
-    kept = drop_prompts(["a red fish"] * 5000, Generator().manual_seed(0), rate=0.1)
-    assert kept.count("") == pytest.approx(500, abs=90)
-    assert set(kept) == {"", "a red fish"}
-
-
 def test_crops_are_parts_of_the_picture() -> None:
     image = torch.arange(2 * 3 * 10 * 12.0).view(2, 3, 10, 12)
     crop = random_crops(image, 4, Generator().manual_seed(0))
@@ -62,9 +56,9 @@ def test_crops_are_parts_of_the_picture() -> None:
     assert any(torch.equal(crop[1], image[1, :, i : i + 4, j : j + 4]) for i in range(7) for j in range(9))
 
 
-def test_data_is_prepared_once_and_read_back(tmp_path: Path, vae: VAE) -> None:
+def test_data_is_prepared_once_and_read_back(tmp_path: Path, vae: VAE, text: TextEncoders) -> None:
     def make(seeds: list[int]) -> dict[str, torch.Tensor]:
-        return scene_latents(vae, seeds)
+        return scene_latents(vae, text, seeds)
 
     paths = list(prepare(tmp_path, range(5), make, shard=2))
     written = [path.stat().st_mtime_ns for path in paths]
@@ -80,9 +74,9 @@ def test_data_is_prepared_once_and_read_back(tmp_path: Path, vae: VAE) -> None:
 
 
 @pytest.mark.parametrize("kind", ["canny", "blur", "depth"])
-def test_hints_are_latents_of_what_the_kind_shows(vae: VAE, kind: str) -> None:
+def test_hints_are_latents_of_what_the_kind_shows(vae: VAE, text: TextEncoders, kind: str) -> None:
     hints = hint_latents(vae, kind, [3, 4])["hints"]
-    picture = scene_latents(vae, [3, 4])["latents"]
+    picture = scene_latents(vae, text, [3, 4])["latents"]
     assert hints.shape == picture.shape
     assert not torch.equal(hints, picture)
     torch.testing.assert_close(hints, torch.cat([hint_latents(vae, kind, [seed])["hints"] for seed in (3, 4)]), rtol=0, atol=5e-3)
@@ -135,12 +129,25 @@ def test_encoders_are_dropped_apart_and_at_their_rates() -> None:
     assert torch.stack(together).prod(0).mean().item() == pytest.approx(0.9 * 0.8 * 0.6, abs=0.03)  # independently
 
 
+def test_captions_are_read_as_encode_reads_them(text: TextEncoders) -> None:
+    scene = scenes.scene(3)
+    data = {"captions": caption_ids(text, scene)[None], "things": torch.tensor([1])}
+    captioned = Captioned(text, data)
+    generator = Generator().manual_seed(0)
+    whole = [captioned.draw(1, generator, empty=0.0)[1] for _ in range(40)]
+    told = text.encode([scene.caption(manner) for manner in range(scenes.PHRASINGS)])
+    found = [(told.context - cond.context).abs().amax((1, 2)).min() < 1e-5 for cond in whole]
+    assert sum(found) > 25  # the others lost an encoder
+    nothing = text.encode([""])
+    left_out = [captioned.draw(1, generator, empty=1.0)[1] for _ in range(10)]
+    assert sum((nothing.pooled - cond.pooled).abs().max() < 1e-5 for cond in left_out) > 5
+
+
 def test_scenes_of_several_objects_are_drawn_twice_as_often(text: TextEncoders) -> None:
-    seeds = [seed for seed in range(40) if len(scenes.scene(seed).things) == 1][:2]
-    seeds += [next(seed for seed in range(40) if len(scenes.scene(seed).things) == 2)]
-    index, cond = Captioned(text, torch.tensor(seeds)).draw(400, Generator().manual_seed(0))
+    captions = caption_ids(text, scenes.scene(3)).expand(3, -1, -1)
+    index, cond = Captioned(text, {"captions": captions, "things": torch.tensor([1, 1, 3])}).draw(400, Generator().manual_seed(0))
     assert (index == 2).float().mean().item() == pytest.approx(0.5, abs=0.08)
-    assert cond.context.shape[::2] == (400, 256)
+    assert cond.context.shape == (400, 40, 256)
 
 
 def test_a_controlnet_learns_and_its_base_does_not(tmp_path: Path, vae: VAE, text: TextEncoders) -> None:
@@ -150,7 +157,7 @@ def test_a_controlnet_learns_and_its_base_does_not(tmp_path: Path, vae: VAE, tex
         nn.init.normal_(p, std=0.05)
     before = {name: p.clone() for name, p in mmdit.state_dict().items()}
     net = ControlNet.from_base(mmdit, ControlNetConfig(depth=1, num_heads=2, head_dim=8, pooled_dim=224), "canny")
-    data, hints = scene_latents(vae, [1, 2, 3]), hint_latents(vae, "canny", [3, 2])
+    data, hints = scene_latents(vae, text, [1, 2, 3]), hint_latents(vae, "canny", [3, 2])
     run = train_controlnet(
         net,
         mmdit,
@@ -180,7 +187,7 @@ def test_a_new_controlnet_steers_nothing() -> None:
 
 def test_the_transformer_overfits_two_scenes(tmp_path: Path, vae: VAE, text: TextEncoders) -> None:
     torch.manual_seed(0)
-    data = scene_latents(vae, [1, 2]) | {"seeds": torch.tensor([1, 2])}
+    data = scene_latents(vae, text, [1, 2]) | {"seeds": torch.tensor([1, 2])}
     losses = [p.loss for p in train_mmdit(MMDiT(BASE), text, data, tmp_path, steps=150, batch=8, lr=1e-2)]
     assert sum(losses[-10:]) / 10 < 0.7 * losses[0]
     assert "mmdit.final_layer.linear.weight" in averaged(tmp_path)
