@@ -32,7 +32,11 @@ Ctrl-C saves and ends; the same command goes on from there, and so does one afte
 EVALUATE = """\
 examples:
   python -m minisd3 evaluate --out grid.png       the shipped model: 32 held-out prompts, 64 held-out scenes
-  python -m minisd3 evaluate --model runs/tiny/model/sd3_tiny.safetensors --prompts 8
+  python -m minisd3 evaluate --captions 500 --json scores.json
+  python -m minisd3 evaluate --captions 500 --without t5
+  python -m minisd3 evaluate --captions 500 --steps 4 --size 96 192
+  python -m minisd3 evaluate --captions 100 --slg-table slg.json --slg-scale 1.5      which blocks are best left out?
+What each number means is said in minisd3.evaluate (CaptionAccuracy). Ctrl-C ends with those of what was drawn; --slg-table goes on later.
 """
 INSPECT = """\
 example:
@@ -102,22 +106,14 @@ def _add_generate(one: argparse.ArgumentParser) -> None:
     picture.add_argument("--count", type=int, default=1, help="pictures of each prompt, with seed, seed + 1, ... (default: 1)")
     picture.add_argument("--height", type=int, help="in pixels, a multiple of 16")
     picture.add_argument("--width", type=int)
-    picture.add_argument("--steps", type=int)
-    picture.add_argument("--cfg", type=float, help="how far to follow the prompt; 1 turns guidance off")
+    _add_sampling(picture)
     picture.add_argument(
         "--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"), help="times at which cfg acts"
     )
-    picture.add_argument("--sampler", choices=("euler", "heun", "dpmpp_2m"))
-    picture.add_argument("--shift", type=float, help="moves the steps' times towards noise; 1 leaves them")
     picture.add_argument(
         "--schedule", choices=("sd3", "uniform"), default="sd3", help="the released grid of times, or the textbook's"
     )
-    skip = one.add_argument_group("skip-layer guidance")
-    skip.add_argument("--slg", action="store_true", help="as the preset has it")
-    skip.add_argument("--slg-layers", type=_numbers, metavar="7,8,9", help="blocks to leave out")
-    skip.add_argument("--slg-scale", type=float)
-    skip.add_argument("--slg-start", type=float, help="fractions of the steps")
-    skip.add_argument("--slg-end", type=float)
+    _add_skip_layers(one)
     start = one.add_argument_group("starting from a picture")
     start.add_argument("--image", metavar="FILE", help="begin with this picture")
     start.add_argument("--strength", type=float, default=0.8, help="how much of it may change, above 0 to 1 (default: 0.8)")
@@ -142,6 +138,22 @@ def _add_generate(one: argparse.ArgumentParser) -> None:
     output.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
+def _add_sampling(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--steps", type=int)
+    group.add_argument("--cfg", type=float, help="how far to follow the prompt; 1 turns guidance off")
+    group.add_argument("--sampler", choices=("euler", "heun", "dpmpp_2m"))
+    group.add_argument("--shift", type=float, help="moves the steps' times towards noise; 1 leaves them")
+
+
+def _add_skip_layers(one: argparse.ArgumentParser) -> None:
+    skip = one.add_argument_group("skip-layer guidance")
+    skip.add_argument("--slg", action="store_true", help="as the preset has it")
+    skip.add_argument("--slg-layers", type=_numbers, metavar="7,8,9", help="blocks to leave out")
+    skip.add_argument("--slg-scale", type=float)
+    skip.add_argument("--slg-start", type=float, help="fractions of the steps")
+    skip.add_argument("--slg-end", type=float)
+
+
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
@@ -160,13 +172,24 @@ def _add_train(one: argparse.ArgumentParser) -> None:
 
 def _add_evaluate(one: argparse.ArgumentParser) -> None:
     _add_model(one)
-    one.add_argument("--prompts", type=int, default=32, metavar="N", help="how many of the 32 held-out prompts (default: all)")
-    one.add_argument("--scenes", type=int, default=64, metavar="N", help="held-out scenes that the VAE reconstructs (default: 64)")
-    one.add_argument("--steps", type=int)
-    one.add_argument("--cfg", type=float)
-    one.add_argument("--seed", type=int, default=0, help="of the first picture; the next have the next (default: 0)")
-    one.add_argument("--out", type=Path, metavar="FILE", help="where to save the grid of pictures, a .png")
-    one.add_argument("-f", "--force", action="store_true", help="overwrite --out")
+    asked = one.add_argument_group("what is asked for").add_mutually_exclusive_group()
+    asked.add_argument("--prompts", type=int, default=32, metavar="N", help="how many of the 32 fixed prompts (default: all)")
+    asked.add_argument("--captions", type=int, metavar="N", help="instead of them, captions of N held-out scenes")
+    picture = one.add_argument_group("the pictures (defaults: the model's preset; see `models`)")
+    picture.add_argument("--seed", type=int, default=0, help="of the first picture; the next have the next (default: 0)")
+    picture.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="multiples of 16 from 96 to 192")
+    _add_sampling(picture)
+    _add_skip_layers(one)
+    output = one.add_argument_group("output")
+    output.add_argument(
+        "--scenes", type=int, default=64, metavar="N", help="held-out scenes for the VAE and the loss (default: 64)"
+    )
+    output.add_argument(
+        "--slg-table", type=Path, metavar="FILE", help="instead: compare skip-layer guidances, kept in this .json, as a table"
+    )
+    output.add_argument("--json", type=Path, metavar="FILE", help="where to save all numbers")
+    output.add_argument("--out", type=Path, metavar="FILE", help="where to save the first 64 pictures as a grid, a .png")
+    output.add_argument("-f", "--force", action="store_true", help="overwrite --out and --json")
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 import json
 import re
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import count
@@ -17,12 +17,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from minisd3 import flow, recipes, scenes
+from minisd3 import flow, recipes, scenes, scores
 from minisd3.config import PRESETS, ControlNetConfig, Preset, SkipLayers, require
 from minisd3.controlnet import HINTS, ControlNet
-from minisd3.evaluate import caption_accuracy, grid, psnr, ssim
+from minisd3.evaluate import Judgement, grid, tally, tally_by_number
+from minisd3.formats import replacing
 from minisd3.mmdit import MMDiT
 from minisd3.pipeline import HUB, MODELS, SD3, from_pil, load
+from minisd3.scenes import Scene
+from minisd3.scores import Draw
 from minisd3.text import ImageTower, TextEncoders, clip_tower, t5_tower
 from minisd3.training import Progress, averaged
 from minisd3.vae import VAE
@@ -247,7 +250,7 @@ def _trainer(args: Namespace, part: str) -> Callable[..., Iterator[Progress]]:
 
 
 def _latents(args: Namespace) -> dict[str, Tensor]:
-    return _prepared(args, "latents", args.scenes, partial(recipes.scene_latents, _vae(args.folder)))
+    return _prepared(args, "latents", args.scenes, partial(recipes.scene_latents, _vae(args.folder), _text(args.folder)))
 
 
 def _prepared(args: Namespace, name: str, n: int, make: Callable[[list[int]], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -309,24 +312,95 @@ def _assemble(folder: Path) -> None:
 # --- evaluate ---------------------------------------------------------------------------------------------------------------------
 
 
+SHOWN = 64  # pictures in the grid, at most
+
+
 def evaluate(args: Namespace) -> None:
-    """Say how well a model draws and its VAE reconstructs scenes that it was not trained on."""
-    require(1 <= args.prompts <= len(scenes.PROMPTS), f"--prompts is {args.prompts}; there are 1 to {len(scenes.PROMPTS)}")
+    """Measure a model on captions and scenes that it was not trained on; or, for the table, how skip-layer guidance changes what it draws."""
     if args.out:
         _free_paths(args.out, "", 1, args.force)
+    taken = args.json and args.json.exists() and not args.force
+    require(not taken, f"{args.json} exists; choose another --json, or overwrite with --force")
+    asked, prompts = _asked(args)
     sd3 = load(args.model, **_model_options(args))
-    asked = scenes.PROMPTS[: args.prompts]
-    drawn = []
-    for i, scene in enumerate(tqdm(asked, desc="prompts")):
-        drawn += sd3.generate(scene.caption(), seed=args.seed + i, steps=args.steps, cfg=args.cfg, progress=False)
-    pictures = torch.cat([from_pil(picture, picture.size[::-1]) for picture in drawn])
-    held_out = scenes.pictures(range(scenes.HELD_OUT, scenes.HELD_OUT + args.scenes))
-    with torch.no_grad():
-        like = next(sd3.vae.parameters())
-        again = torch.cat([sd3.vae.decode(sd3.vae.encode(one.to(like))[0]).to(held_out) for one in held_out.split(16)]).clamp(-1, 1)
-    rows = {f"right {name}": f"{value:.1%}" for name, value in asdict(caption_accuracy(pictures, asked)).items()}
-    rows |= {"VAE PSNR": f"{psnr(again, held_out).mean():.2f} dB", "VAE SSIM": f"{ssim(again, held_out).mean():.4f}"}
-    print("\n".join(f"{name:18} {value:>10}" for name, value in rows.items()))
+    chosen = sd3.settings(steps=args.steps, cfg=args.cfg, slg=_slg(args, sd3.preset), sampler=args.sampler, shift=args.shift)
+    settings = {**chosen._asdict(), "size": sd3.size(tuple(args.size) if args.size else None)}
+    draw = partial(scores.draw, sd3, asked, prompts, args.seed)
+    (_slg_table if args.slg_table else _measure)(args, sd3, draw, prompts, settings)
+
+
+def _asked(args: Namespace) -> tuple[Sequence[Scene], list[str]]:
+    """The scenes to draw, and how each is asked for."""
+    if args.captions is None:
+        require(1 <= args.prompts <= len(scenes.PROMPTS), f"--prompts is {args.prompts}; there are 1 to {len(scenes.PROMPTS)}")
+        fixed = scenes.PROMPTS[: args.prompts]
+        return fixed, [scene.caption() for scene in fixed]
+    require(args.captions >= 1, f"--captions is {args.captions}; it must be at least 1")
+    seeds = range(scenes.HELD_OUT, scenes.HELD_OUT + args.captions)
+    return [scenes.scene(seed) for seed in seeds], scenes.captions(seeds)
+
+
+def _measure(args: Namespace, sd3: SD3, draw: Draw, prompts: list[str], settings: dict[str, Any]) -> None:
+    """Say all scores; after Ctrl-C those of what was drawn."""
+    seeds = range(scenes.HELD_OUT, scenes.HELD_OUT + args.scenes)
+    held_out = scenes.pictures(seeds, *settings["size"])
+    parts, judged, said, stopped = list[Tensor](), list[Judgement](), dict[str, float](), False
+    try:
+        with tqdm(total=len(prompts), desc="captions") as bar:
+            for pictures, some in draw(settings):
+                parts, judged = [*parts, pictures], judged + some
+                bar.set_postfix_str(f"right {tally(judged).right}", refresh=False)
+                bar.update(len(some))
+        said = scores.of_pictures(torch.cat(parts), prompts) | scores.of_model(sd3, held_out, scenes.captions(seeds), args.seed)
+    except KeyboardInterrupt:
+        if not judged:
+            raise
+        stopped = True
+    accuracy = {"all": tally(judged)} | {f"{n} object{'s' * (n > 1)}": one for n, one in tally_by_number(judged).items()}
+    print(scores.accuracy_table(accuracy))
+    print("".join(f"{name:36} {score:10.4f}\n" for name, score in said.items()), end="")
+    if args.json:
+        about = {"model": args.model, "without": args.without or [], "seed": args.seed, "settings": scores.plain(settings)}
+        rates = {of: {name: rate.numbers() for name, rate in vars(one).items()} for of, one in accuracy.items()}
+        _write_json(args.json, {**about, "captions": len(judged), "accuracy": rates, "scores": said})
+        print(args.json)
     if args.out:
-        grid(pictures).save(args.out)
+        grid(torch.cat(parts)[:SHOWN]).save(args.out)
         print(args.out)
+    if stopped:
+        raise KeyboardInterrupt(f"stopped after {len(judged)} of {len(prompts)} captions")
+
+
+def _slg_table(args: Namespace, sd3: SD3, draw: Draw, prompts: list[str], settings: dict[str, Any]) -> None:
+    """Draw all captions with each choice of layers, scale and window; each is kept once it is whole, and the same command goes on from there."""
+    made = {
+        "transformer": scores.fingerprint(sd3.mmdit), "without": args.without or [], "seed": args.seed, "captions": prompts,
+        "settings": scores.plain(settings | {"slg": None}),
+    }  # fmt: skip
+    kept = json.loads(args.slg_table.read_text()) if args.slg_table.exists() else {"made": made, "rows": {}}
+    require(kept["made"] == made, f"{args.slg_table} is of another model or of other settings; name another file for these")
+    given = {name: getattr(args, f"slg_{name}") for name in ("layers", "scale", "start", "end")}
+    choices = {scores.name_slg(slg): slg for slg in scores.slg_choices(sd3.mmdit.config.depth, **given)}
+    left = {name: slg for name, slg in choices.items() if name not in kept["rows"]}
+    try:
+        with tqdm(total=len(left) * len(prompts), desc=f"{len(left)} of {len(choices)} choices", unit="picture") as bar:
+            for name, slg in left.items():
+                judged = list[Judgement]()
+                for _, some in draw(settings | {"slg": slg}):
+                    judged += some
+                    bar.update(len(some))
+                kept["rows"][name] = [asdict(one) for one in judged]
+                _write_json(args.slg_table, kept)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; the same command draws what {args.slg_table} does not have yet") from None
+    finally:
+        print(
+            scores.slg_markdown(
+                {name: [Judgement(**one) for one in kept["rows"][name]] for name in choices if name in kept["rows"]}
+            )
+        )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(content, indent=1) + "\n")

@@ -5,6 +5,7 @@ A checkpoint is one .safetensors file, or a folder with one, or a folder of shar
 names every part anew and swaps some halves. The tables below are the whole difference. Nothing here knows a model class.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -76,18 +77,26 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a .safetensors file whole or not at all: beside its place first, then moved there."""
+    """Write a .safetensors file whole or not at all."""
+    whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    try:
+        with replacing(path) as beside:
+            save_file(whole, beside, {"format": "pt", **(metadata or {})})
+            beside.chmod(0o644)  # safetensors lets nobody but the owner read
+    except SafetensorError as error:  # which hides the system's own error in its text
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else EIO, f"{path} cannot be written: {error}") from None
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A name beside `path` to write to. What is there in the end is moved to `path`; after an error `path` is as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(whole, beside, {"format": "pt", **(metadata or {})})
-        beside.chmod(0o644)  # safetensors lets nobody but the owner read
+        yield beside
         os.replace(beside, path)
-    except SafetensorError as error:  # which hides the system's own error in its text
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else EIO, f"{path} cannot be written: {error}") from None
     finally:
         beside.unlink(missing_ok=True)
 

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from minisd3 import commands, recipes, training
+from minisd3 import commands, recipes, scores, training
 from minisd3.__main__ import main
-from minisd3.config import PRESETS
+from minisd3.config import PRESETS, SkipLayers
+from minisd3.evaluate import CaptionAccuracy, Judgement
+from minisd3.scenes import HELD_OUT, captions
 
 PROMPT = "a red house"
 
@@ -135,6 +139,8 @@ def test_from_a_picture_with_a_mask_and_a_hint(draw: Any, random_model: Path) ->
         (["generate", "--from", "plain.png"], "plain.png holds no settings of minisd3"),
         (["inspect", "missing.safetensors"], "missing.safetensors does not exist"),
         (["evaluate", "--prompts", "33"], "--prompts is 33; there are 1 to 32"),
+        (["evaluate", "--captions", "0"], "--captions is 0; it must be at least 1"),
+        (["evaluate", "--json", "plain.png"], "plain.png exists; choose another --json, or overwrite with --force"),
     ],
 )
 def test_a_mistake_ends_in_one_line(
@@ -256,18 +262,136 @@ def test_training_goes_on_where_it_stopped(
     assert log == [1, 2]
 
 
-def test_evaluate_prints_scores_and_saves_the_grid(
-    random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from minisd3 import evaluate
+@pytest.fixture
+def judge(random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """evaluate with the random model, quickly, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    model = ["--model", str(random_model / "sd3_tiny.safetensors"), "--device", "cpu"]
+    return lambda *words: main(["evaluate", *model, "--scenes", "2", "--steps", "1", *words])
 
-    monkeypatch.setattr(evaluate, "detector", lambda: evaluate.Detector().eval())
-    model, out = str(random_model / "sd3_tiny.safetensors"), tmp_path / "grid.png"
-    words = ["evaluate", "--model", model, "--device", "cpu", "--prompts", "2", "--scenes", "2", "--steps", "1", "--out", str(out)]
-    assert main(words) == 0
-    rows = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines() if "dB" not in line and "png" not in line)
-    assert rows["right background"].endswith("%")
-    assert 0 <= float(rows["VAE SSIM"]) < 1
-    with Image.open(out) as grid:
-        assert grid.size[0] % 128 == 0
-    assert main(words) == 2
+
+def test_evaluate_prints_scores_and_keeps_them(judge: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--prompts", "9", "--json", "scores.json", "--out", "grid.png"]
+    assert judge(*words) == 0
+    out, err = capsys.readouterr()
+    head, *lines = out.splitlines()
+    assert head.split() == ["right", "(95%", "interval)", "all", "1", "object"]
+    assert [line.split()[0] for line in lines[:9]] == [field.name for field in fields(CaptionAccuracy)]
+    assert lines[0].count(" of 9") == 2 and lines[3].split() == ["relation", "of", "0", "of", "0"]
+    assert lines[9].startswith("CLIP score, clip_l") and "VAE: PSNR in dB" in out and "loss at t = 0.5" in out
+    assert "Frechet" not in out  # of 9 pictures it says nothing
+    assert "captions: 100%" in err and ", right " in err
+
+    kept = json.loads(Path("scores.json").read_text())
+    assert (kept["captions"], kept["seed"], kept["settings"]["steps"], kept["settings"]["size"]) == (9, 0, 1, [128, 128])
+    assert kept["accuracy"]["all"]["kind"]["of"] == 9 and 0 <= kept["accuracy"]["all"]["kind"]["share"] <= 1
+    assert kept["accuracy"]["1 object"]["relation"] == {"right": 0, "of": 0, "share": None, "interval": None}
+    assert kept["scores"]["VAE: SSIM"] < 1
+    with Image.open("grid.png") as grid:
+        assert grid.size == (8 * 128, 2 * 128)
+
+    assert judge(*words) == 2
+    assert judge(*words, "--force") == 0
+    assert json.loads(Path("scores.json").read_text()) == kept  # the same seed, the same scores
+
+
+def test_evaluate_draws_as_it_is_told(judge: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "--captions",
+        "3",
+        "--without",
+        "t5",
+        "--size",
+        "96",
+        "128",
+        "--seed",
+        "4",
+        "--cfg",
+        "1",
+        "--sampler",
+        "euler",
+        "--slg",
+    ]
+    real, told = commands.SD3.generate, []
+
+    def seen(sd3: Any, prompts: list[str], **named: Any) -> Any:
+        told.append((sd3.text.t5, prompts, named))
+        return real(sd3, prompts, **named)
+
+    monkeypatch.setattr(commands.SD3, "generate", seen)
+    assert judge(*words, "--out", "grid.png") == 0
+    [(t5, prompts, named)] = told
+    assert t5 is None and prompts == captions(range(HELD_OUT, HELD_OUT + 3))
+    assert (list(named["seed"]), named["size"], named["cfg"], named["sampler"]) == ([4, 5, 6], (96, 128), 1.0, "euler")
+    assert named["slg"] == PRESETS["tiny"].slg and named["steps"] == 1
+    with Image.open("grid.png") as grid:
+        assert grid.size == (8 * 128, 96)
+    assert judge("--prompts", "1", "--size", "64", "64") == 2
+    assert "height is 64; a scene's sides are multiples of 16 from 96 to 192" in capsys.readouterr().err
+
+
+def stop_at(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C when `generate` is called for this time."""
+    real, calls = commands.SD3.generate, count(1)
+
+    def generate(*args: Any, **named: Any) -> Any:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return real(*args, **named)
+
+    monkeypatch.setattr(commands.SD3, "generate", generate)
+
+
+def test_ctrl_c_gives_the_scores_so_far(judge: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(scores, "BATCH", 1)
+    stop_at(3, monkeypatch)
+    assert judge("--prompts", "4", "--json", "scores.json", "--out", "grid.png") == 130
+    out, err = capsys.readouterr()
+    assert "background" in out and " of 2" in out and "CLIP" not in out
+    assert err.endswith("minisd3: stopped after 2 of 4 captions\n")
+    assert json.loads(Path("scores.json").read_text())["captions"] == 2
+    assert Path("grid.png").exists()
+
+
+def test_the_skip_layer_table_goes_on_where_it_stopped(
+    judge: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--captions", "2", "--slg-table", "slg.json", "--slg-layers", "1,2", "--slg-scale", "2", "--slg-start", "0"]
+    whole = commands.SD3.generate
+    stop_at(3, monkeypatch)
+    assert judge(*words) == 130
+    out, err = capsys.readouterr()
+    assert [line.split("|")[1].strip() for line in out.splitlines()] == ["layers", "---", "none", "1, 2"]
+    assert "the same command draws what slg.json does not have yet" in err
+    assert len(json.loads(Path("slg.json").read_text())["rows"]) == 2
+
+    calls = []
+
+    def noted(*args: Any, **named: Any) -> Any:
+        calls.append(named["slg"])
+        return whole(*args, **named)
+
+    monkeypatch.setattr(commands.SD3, "generate", noted)
+    assert judge(*words) == 0
+    assert calls == [SkipLayers((1, 2), 2.0, 0.0, 0.5)]  # the only one left
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert {len(row) for row in rows} == {14} and [row[2] for row in rows[2:]] == ["", "0 to 0.2", "0 to 0.5"]
+    assert rows[2][-2:] == ["0", "0"] and all(cell.endswith("%") for cell in rows[3][3:12])
+
+    assert judge(*words, "--seed", "1") == 2
+    assert "slg.json is of another model or of other settings" in capsys.readouterr().err
+
+
+def test_the_skip_layer_table_s_choices() -> None:
+    every = scores.slg_choices(6)
+    assert every[0] is None and len(every) == len(set(every)) == 1 + (6 + 5) * len(scores.SLG_SCALES) * len(scores.SLG_WINDOWS)
+    assert len({scores.name_slg(slg) for slg in every}) == len(every)
+    assert PRESETS["tiny"].slg in every
+    assert scores.slg_choices(6, layers=(3,), scale=1.0, start=0.0, end=1.0) == [None, SkipLayers((3,), 1.0, 0.0, 1.0)]
+
+
+def test_gained_and_lost_captions_are_counted() -> None:
+    right, wrong = Judgement((True,), (True,), None, True, True), Judgement((False,), (True,), None, True, True)
+    table = scores.slg_markdown({"none | | ": [right, wrong, wrong], "1 | 2 | 0 to 1": [wrong, right, right]})
+    assert [line.split("|")[-3:-1] for line in table.splitlines()[2:]] == [[" 0 ", " 0 "], [" 2 ", " 1 "]]
+    assert "| 33.3% |" in table and "| 66.7% |" in table

@@ -13,10 +13,11 @@ PACKAGE = ROOT / "minisd3"
 LAYERS = [
     {"types", "config"},
     {"attention", "distributed", "flow", "formats", "scenes"},
-    {"vae", "mmdit", "text", "guidance", "sampling"},
+    {"vae", "mmdit", "text", "guidance", "sampling", "detector"},
     {"controlnet", "lora", "training", "introspect", "evaluate"},
     {"weights", "recipes", "data"},
     {"pipeline"},
+    {"scores"},
     {"__init__", "plots", "widgets", "commands"},
     {"__main__"},
 ]
