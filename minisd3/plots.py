@@ -101,7 +101,7 @@ def grid(
     heads = [textwrap.fill(c, letters) for c in columns]
     left = gap + (12 + 7 * max((len(part) for label in labels for part in textwrap.wrap(label, 16)), default=-1) if labels else 0)
     above = 30 + 16 * max((h.count("\n") + 1 for h in heads), default=0)
-    wide = max(left + max(len(row) for row in cells) * (width + gap), int(7.4 * len(title)) + 2 * gap)
+    wide = max(left + max(len(row) for row in cells) * (width + gap), 8 * len(title) + 2 * gap)
     high = above + len(cells) * (height + gap)
     figure = Figure(figsize=(wide / 100, high / 100), dpi=100, facecolor="white")
     figure.text(gap / wide, 1 - 6 / high, title, size=TEXT + 1, weight="bold", color=INK, va="top")
