@@ -222,6 +222,46 @@ def test_the_released_vae_is_shown_as_its_file_holds_it() -> None:
             assert held == int(row["parameters"].replace(",", "")), row
 
 
+ATTEND = "def attend(q, k, v):\n    return {}"
+BRANCH = "def branch(x, f, shift, scale, gate):\n    return {}"
+MMDIT = [
+    (1, ATTEND.format("torch.softmax(q @ k.T / q.shape[1] ** 0.5, dim=1) @ v"), "right"),
+    (1, ATTEND.format("torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None])[0]"), "right"),
+    (1, ATTEND.format("torch.softmax(q @ k.T, dim=1) @ v"), "not divided by the root"),
+    (1, ATTEND.format("torch.softmax(q @ k.T / q.shape[1], dim=1) @ v"), "divide by its square root"),
+    (1, ATTEND.format("torch.softmax(q @ k.T / q.shape[1] ** 0.5, dim=0) @ v"), "over the queries"),
+    (1, ATTEND.format("torch.softmax(k @ q.T / q.shape[1] ** 0.5, dim=1) @ v"), "changed places"),
+    (1, ATTEND.format("q @ k.T / q.shape[1] ** 0.5 @ v"), "no softmax"),
+    (1, ATTEND.format("q @ k.T"), "yours is (5, 5)"),
+    (1, ATTEND.format("None"), "not written yet"),
+    (2, BRANCH.format("x + gate * f(x * (1 + scale) + shift)"), "right"),
+    (2, BRANCH.format("x + gate * f(x * scale + shift)"), "1 + scale"),
+    (2, BRANCH.format("gate * f(x * (1 + scale) + shift)"), "added to x"),
+    (2, BRANCH.format("x + f(x * (1 + scale) + shift)"), "gate is missing"),
+    (2, BRANCH.format("x + gate * f((x + shift) * (1 + scale))"), "the shift comes after the scale"),
+    (2, BRANCH.format("x + f(gate * (x * (1 + scale) + shift))"), "not what goes into it"),
+    (2, BRANCH.format("x"), "is 50, and yours 2.0"),
+    (2, BRANCH.format("None"), "not written yet"),
+    (3, "answer = 325", "right"),
+    (3, "answer = 323", "final layer"),
+    (3, "answer = 329", "has 2, not 6"),
+    (3, "answer = 327", "and the final layer adds 2"),
+    (3, "answer = 290", "has 9, not 6"),
+    (3, "answer = 286", "has 9, not 6"),
+    (3, "answer = 288", "not all 24 blocks are alike"),
+    (3, "answer = 364", "the picture's alone"),
+    (3, "answer = 1", "add up"),
+    (3, "answer = None", "not answered yet"),
+]
+
+
+@pytest.mark.parametrize(("number", "answer", "said"), MMDIT)
+def test_checks_of_mmdit(number: int, answer: str, said: str) -> None:
+    result = check("03_mmdit.ipynb", number, answer)
+    assert said in result
+    assert result.startswith("right") == (said == "right")
+
+
 # --- the runner -------------------------------------------------------------------------------------------------------------------
 
 PAGE = """
