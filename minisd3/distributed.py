@@ -6,7 +6,8 @@ For a process that is alone, every function here is the identity.
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from minisd3.config import require
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -51,6 +54,11 @@ def share(x: Tensor) -> Tensor:
     n = processes()
     require(len(x) % n == 0, f"a batch of {len(x)} cannot be shared by {n} processes; make it a multiple of {n}")
     return x.unflatten(0, (n, -1))[dist.get_rank()] if n > 1 else x
+
+
+def share_list(items: Sequence[T]) -> list[T]:
+    """This process's part of a list that all processes have: every n-th."""
+    return list(items[dist.get_rank() :: processes()]) if dist.is_initialized() else list(items)
 
 
 def anywhere(flag: bool) -> bool:

@@ -178,6 +178,18 @@ def _gradients(module: nn.Module, loss: Loss, step: int, seed: int, accumulate: 
     return distributed.mean(total)
 
 
+def tensorboard(steps: Iterator[Progress], folder: Path) -> Iterator[Progress]:
+    """The same steps, their losses written on the way to a file that `tensorboard --logdir folder` shows."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise ValueError("writing for TensorBoard needs a package more: pip install 'minisd3[tensorboard]'") from None
+    with contextlib.closing(SummaryWriter(str(folder))) as writer:
+        for progress in steps:
+            writer.add_scalar("loss", progress.loss, progress.step)
+            yield progress
+
+
 @contextlib.contextmanager
 def _interrupts() -> Iterator[list[int]]:
     """While open, Ctrl-C only adds to the list it gives, so that no step is cut in half; a second Ctrl-C interrupts for real."""
