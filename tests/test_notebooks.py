@@ -212,14 +212,64 @@ def tables(notebook: str) -> list[list[dict[str, str]]]:
     return shown
 
 
+def assert_as_released(table: list[dict[str, str]], file: str, prefix: str) -> None:
+    """Every row has as many parameters as the released file under its name; position tables are none."""
+    names = json.loads((Path(__file__).parent / "facts" / f"{file}.keys.json").read_text())
+    for row in table:
+        begin = prefix + re.sub(r"(\d+)-\d+", r"\1", row["name"]) + "." * bool(row["name"])
+        held = [shape for name, shape in names.items() if name.startswith(begin) and not name.endswith("pos_embed")]
+        assert sum(torch.Size(shape).numel() for shape in held) == int(row["parameters"].replace(",", "")) > 0, row
+
+
 def test_the_released_vae_is_shown_as_its_file_holds_it() -> None:
-    names = json.loads((Path(__file__).parent / "facts" / "sd3.5_medium.keys.json").read_text())
-    _, *released = tables("01_vae.ipynb")
-    for half, table in zip(("encoder", "decoder"), released, strict=True):
-        for row in table:
-            begin = f"first_stage_model.{half}." + re.sub(r"(\d+)-\d+", r"\1", row["name"]) + "." * bool(row["name"])
-            held = sum(torch.Size(shape).numel() for name, shape in names.items() if name.startswith(begin))
-            assert held == int(row["parameters"].replace(",", "")), row
+    _, encoder, decoder = tables("01_vae.ipynb")
+    assert_as_released(encoder, "sd3.5_medium", "first_stage_model.encoder.")
+    assert_as_released(decoder, "sd3.5_medium", "first_stage_model.decoder.")
+
+
+def test_the_released_transformers_are_shown_as_their_files_hold_them() -> None:
+    _, *released, typed = tables("02_patchify_timestep.ipynb")
+    files = ("sd3_medium", "sd3.5_medium", "sd3.5_large")
+    for table, file in [*zip(released, files, strict=True), (typed, "sd3.5_medium")]:
+        assert_as_released(table, file, "model.diffusion_model.")
+    assert [table[1]["output"] for table in released] == ["(1 4096 1536)", "(1 4096 1536)", "(1 4096 2432)"]
+    assert typed[1]["output"] == "(1 4032 1536)"  # 768 x 1344 pixels
+
+
+BACK = "def my_unpatchify(tokens, height, width, p):\n    six = tokens.unflatten(2, (p, p, -1)).unflatten(1, (height, width))\n    return {}"
+TIME = "def embedding(t, frequency):\n    return torch.cat([{}, {}])"
+PATCHES = [
+    (1, BACK.format("six.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)"), "right"),
+    (1, BACK.format("six.permute(0, 5, 1, 4, 2, 3).flatten(4, 5).flatten(2, 3)"), "changed places"),
+    (1, BACK.format("six.permute(0, 5, 3, 1, 4, 2).flatten(4, 5).flatten(2, 3)"), "interleaved"),
+    (1, BACK.format("six.flatten().view(2, 3, 4, 6)"), "must be permuted"),
+    (1, BACK.format("tokens.view(2, 2, 3, 3, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(2, 3, 4, 6)"), "it is the fastest"),
+    (1, BACK.format("tokens.flatten().flip(0).view(2, 3, 4, 6)"), "the order is not"),
+    (1, BACK.format("six"), "should be (2, 3, 4, 6)"),
+    (1, BACK.format("None"), "not written yet"),
+    (2, "answer = 48 * 84", "right"),
+    (2, "answer = 258048", "the VAE comes first"),
+    (2, "answer = 16128", "a patch is 2 x 2 of them"),
+    (2, "answer = 132", "multiply them"),
+    (2, "answer = 4096", "a square of 1024"),
+    (2, "answer = 1", "divide both sides"),
+    (2, "answer = None", "not answered yet"),
+    (3, TIME.format("(1000 * t * frequency).cos()", "(1000 * t * frequency).sin()"), "right"),
+    (3, TIME.format("(1000 * t * frequency).sin()", "(1000 * t * frequency).cos()"), "the cosines come first"),
+    (3, TIME.format("(t * frequency).cos()", "(t * frequency).sin()"), "the factor 1000 is missing"),
+    (3, TIME.format("(1000 * t / frequency).cos()", "(1000 * t / frequency).sin()"), "you divided"),
+    (3, TIME.format("(1000 * t * frequency).cos()", "frequency[:0]"), "yours has the shape (3,)"),
+    (3, TIME.format("frequency", "frequency"), "not the right ones"),
+    (3, "def embedding(t, f):\n    a = 1000 * t * f\n    return torch.stack([a.cos(), a.sin()], 1).flatten()", "take turns"),
+    (3, "def embedding(t, frequency):\n    ...", "not written yet"),
+]
+
+
+@pytest.mark.parametrize(("number", "answer", "said"), PATCHES)
+def test_checks_of_patches_and_times(number: int, answer: str, said: str) -> None:
+    result = check("02_patchify_timestep.ipynb", number, answer)
+    assert said in result
+    assert result.startswith("right") == (said == "right")
 
 
 ATTEND = "def attend(q, k, v):\n    return {}"
