@@ -46,9 +46,13 @@ def train_vae(vae: VAE, run: Path, *, steps: int, batch: int = 16, lr: float = 3
         image = scenes.pictures(random_seeds(batch // 4 if whole else batch, generator))  # (B 3 128 128)
         if not whole:
             image = random_crops(image, 64, generator)
-        return vae_loss(module, image, generator)
+        return vae_loss(module, image.to(device_of(module)), generator)
 
     return fit(vae, loss, run, steps=steps, lr=lr, seed=seed)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
 
 
 def batched(items: Iterable[int], n: int) -> Iterator[list[int]]:
@@ -73,13 +77,19 @@ def random_crops(image: Tensor, size: int, generator: Generator) -> Tensor:
 
 
 def prepare(
-    folder: Path, seeds: Iterable[int], make: Callable[[list[int]], dict[str, Tensor]], *, shard: int = 1000
+    folder: Path,
+    seeds: Iterable[int],
+    make: Callable[[list[int]], dict[str, Tensor]],
+    *,
+    shard: int = 1000,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[Path]:
     """What `make` makes of the scenes of these seeds, made once: a file for each `shard` of them, whole or not there, kept if it is.
 
-    make: called with 50 seeds or fewer; gives tensors with a row for each. `prepared` reads them back.
+    make: called with 50 seeds or fewer; gives tensors with a row for each. `prepared` reads them back
+    share: (i, n) makes only every nth file from the ith, for one of n processes
     """
-    for chunk in batched(seeds, shard):
+    for chunk in islice(batched(seeds, shard), share[0], None, share[1]):
         path = folder / f"{chunk[0]:09d}.safetensors"
         if not path.exists():
             parts = [make(part) for part in batched(chunk, 50)]
@@ -100,7 +110,7 @@ def prepared(folder: Path) -> dict[str, Tensor]:
 def scene_latents(vae: VAE, text: TextEncoders, seeds: list[int]) -> dict[str, Tensor]:
     """What the transformer learns from: normalised "latents" (n C h w) in fp16, "layouts" (n L 20), "captions" (n 12 60), "things" (n)."""
     drawn = [scenes.scene(seed) for seed in seeds]
-    image = pictures_of(drawn).to(next(vae.parameters()).device)
+    image = pictures_of(drawn).to(device_of(vae))
     return {
         "latents": vae.normalize(vae.encode(image)[0]).half().cpu(),
         "layouts": torch.stack([layout(scene) for scene in drawn]),
@@ -114,7 +124,7 @@ def hint_latents(vae: VAE, kind: str, seeds: list[int]) -> dict[str, Tensor]:
     """What a ControlNet of this kind reads: "hints" (n C h w) in fp16."""
     drawn = [scenes.scene(seed) for seed in seeds]
     hints = depth(torch.stack([scene.depth() for scene in drawn])) if kind == "depth" else HINTS[kind](pictures_of(drawn))
-    hints = hints.to(next(vae.parameters()).device)
+    hints = hints.to(device_of(vae))
     return {"hints": vae.normalize(vae.encode(hints)[0]).half().cpu()}
 
 
@@ -239,15 +249,13 @@ def train_mmdit(
 class Steered(nn.Module):
     """A ControlNet to be trained and its base, which learns nothing."""
 
-    def __init__(self, net: ControlNet, mmdit: MMDiT) -> None:
+    def __init__(self, net: ControlNet, base: MMDiT) -> None:
         super().__init__()
-        self.net = net
-        self.base = [mmdit.requires_grad_(False)]  # in a list, so that it is none of this module's parts
+        self.net, self.base = net, base.requires_grad_(False)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, hint: Tensor) -> Tensor:
         """As MMDiT.forward, under a hint (B C H W)."""
-        [mmdit] = self.base
-        return mmdit(x, t, context, pooled, control=self.net(mmdit, x, hint, t, pooled))
+        return self.base(x, t, context, pooled, control=self.net(self.base, x, hint, t, pooled))
 
 
 def train_controlnet(
@@ -334,8 +342,8 @@ class Contrast(nn.Module):
 def contrastive_loss(logits: Tensor, names: list[str]) -> Tensor:
     """Each picture should find its caption among all, and each caption its picture. Others of the same name are no wrong answers."""
     number = {name: i for i, name in enumerate(names)}
-    label = torch.tensor([number[name] for name in names])
-    target = torch.arange(len(names))
+    label = torch.tensor([number[name] for name in names], device=logits.device)
+    target = torch.arange(len(names), device=logits.device)
     others = (label[:, None] == label) & (target[:, None] != target)  # (B B)
     logits = logits.masked_fill(others, -torch.inf)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -369,7 +377,8 @@ def train_clip(
         drawn += [rival(scene, rng) for scene in drawn]
         read = [encoders.tokenize(scene.caption(rng.randrange(scenes.PHRASINGS))) for scene in drawn]
         ids = torch.tensor([getattr(tokens, name).ids for tokens in read])
-        return contrastive_loss(module(pictures_of(drawn), ids), [scene.caption() for scene in drawn])
+        image, ids = pictures_of(drawn).to(device_of(module)), ids.to(device_of(module))
+        return contrastive_loss(module(image, ids), [scene.caption() for scene in drawn])
 
     tower, config = getattr(encoders, name), getattr(encoders.config, name)
     return fit(Contrast(tower.train(), image, project=config.project), loss, run, steps=steps, lr=lr, seed=seed)
@@ -393,9 +402,11 @@ class Grounded(nn.Module):
 def grounding_loss(module: nn.Module, drawn: list[Scene], rows: list[Row]) -> Tensor:
     """The words "red fish" should know which of the scene's objects they name, where it stands and how large it is; every word where
     the scene is. Unlike T5's own task, filling in gaps, this teaches which colour belongs to which thing."""
-    kind, colour, background, place = module(torch.tensor([row.ids for row in rows]))
+    kind, colour, background, place = module(torch.tensor([row.ids for row in rows], device=device_of(module)))
     wanted = [_grounds(scene, row) for scene, row in zip(drawn, rows, strict=True)]
-    kinds, colours, backgrounds, places = (torch.tensor(part) for part in zip(*wanted, strict=True))  # (B L), and (B L 3)
+    kinds, colours, backgrounds, places = (
+        torch.tensor(part, device=kind.device) for part in zip(*wanted, strict=True)
+    )  # (B L), and (B L 3)
     named = (kinds >= 0)[..., None]
     error = ((place - places).square() * named).sum() / named.sum()
     classes = (kind, kinds), (colour, colours), (background, backgrounds)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minisd3 import commands, recipes, scores, training
+from minisd3 import commands, family, recipes, scores, training
 from minisd3.__main__ import main
 from minisd3.config import PRESETS, SkipLayers
 from minisd3.evaluate import CaptionAccuracy, Judgement
@@ -220,7 +220,7 @@ def packaged(random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """The random model in the place of the one in the package."""
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "tiny").symlink_to(random_model)
-    monkeypatch.setattr(commands, "MODELS", tmp_path / "models")
+    monkeypatch.setattr(family, "SHIPPED", tmp_path / "models" / "tiny")
     return tmp_path
 
 
@@ -231,15 +231,28 @@ def test_training_all_parts_makes_a_model_that_draws(packaged: Path, capsys: pyt
     out, err = capsys.readouterr()
     model = folder / "model" / "sd3_tiny.safetensors"
     assert out.split() == [str(model)]
-    assert all(f"{part}: 100%" in err for part in commands.STEPS)
+    assert all(f"{part}: 100%" in err for part in family.STEPS)
     assert all((model.parent / f"controlnet_{kind}.safetensors").exists() for kind in ("canny", "blur", "depth"))
     assert "loss=" in err
     assert main(["generate", PROMPT, "--model", str(model), "--steps", "1", "--out", str(packaged / "x.png"), "--quiet"]) == 0
     assert main(words) == 0  # all is done already
     average = training.averaged(folder / "t5")
-    kept = commands.TextEncoders.load(folder / "model" / "text_encoders", PRESETS["tiny"].text, dtype=torch.float32).t5
+    kept = family.TextEncoders.load(folder / "model" / "text_encoders", PRESETS["tiny"].text, dtype=torch.float32).t5
     assert kept is not None
     assert (kept.shared.weight.half() == average["tower.shared.weight"].half()).all()
+
+
+def test_data_is_prepared_in_shares(packaged: Path) -> None:
+    words = ["prepare", "--folder", str(packaged / "run"), "--scenes", "1003"]
+    assert main([*words, "--share", "2", "2"]) == 0
+    assert [path.name for path in (packaged / "run" / "latents").iterdir()] == ["000001000.safetensors"]
+    assert main([*words, "--share", "3", "2"]) == 2
+
+
+def test_training_stops_when_its_minutes_are_over(packaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "t5", "--folder", str(packaged / "run"), "--batch", "4", "--steps", "3", "--minutes", "1e-9"]
+    assert [main(words), main(words), main(words)] == [130, 130, 0]
+    assert "stopped at step 2 of 3" in capsys.readouterr().err
 
 
 def test_training_goes_on_where_it_stopped(

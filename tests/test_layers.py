@@ -17,6 +17,7 @@ LAYERS = [
     {"controlnet", "lora", "training", "introspect", "evaluate"},
     {"weights", "recipes", "data"},
     {"pipeline"},
+    {"family", "finetune"},
     {"scores"},
     {"__init__", "plots", "widgets", "commands"},
     {"__main__"},
