@@ -351,7 +351,8 @@ def _measure(args: Namespace, sd3: SD3, draw: Draw, prompts: list[str], settings
                 parts, judged = [*parts, pictures], judged + some
                 bar.set_postfix_str(f"right {tally(judged).right}", refresh=False)
                 bar.update(len(some))
-        said = scores.of_pictures(torch.cat(parts), prompts) | scores.of_model(sd3, held_out, scenes.captions(seeds), args.seed)
+        said |= scores.of_pictures(torch.cat(parts), prompts)
+        said |= scores.of_model(sd3, held_out, scenes.captions(seeds), args.seed)
     except KeyboardInterrupt:
         if not judged:
             raise
@@ -394,11 +395,8 @@ def _slg_table(args: Namespace, sd3: SD3, draw: Draw, prompts: list[str], settin
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; the same command draws what {args.slg_table} does not have yet") from None
     finally:
-        print(
-            scores.slg_markdown(
-                {name: [Judgement(**one) for one in kept["rows"][name]] for name in choices if name in kept["rows"]}
-            )
-        )
+        whole = {name: [Judgement(**one) for one in kept["rows"][name]] for name in choices if name in kept["rows"]}
+        print(scores.slg_markdown(whole))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

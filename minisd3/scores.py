@@ -131,5 +131,5 @@ def slg_markdown(rows: Mapping[str, Sequence[Judgement]]) -> str:
 def _cells(judged: Sequence[Judgement], without: Sequence[Judgement]) -> Iterable[str]:
     accuracy = tally(judged)
     changes = [(one.right, before.right) for one, before in zip(judged, without, strict=True)]
-    shares = [f"{rate.share:.1%}" for rate in vars(accuracy).values()]
+    shares = [f"{rate.share:.1%}" if rate.of else "of 0" for rate in vars(accuracy).values()]
     return [*shares, str(changes.count((True, False))), str(changes.count((False, True)))]

@@ -389,7 +389,7 @@ def test_the_skip_layer_table_goes_on_where_it_stopped(
     assert calls == [SkipLayers((1, 2), 2.0, 0.0, 0.5)]  # the only one left
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
     assert {len(row) for row in rows} == {14} and [row[2] for row in rows[2:]] == ["", "0 to 0.2", "0 to 0.5"]
-    assert rows[2][-2:] == ["0", "0"] and all(cell.endswith("%") for cell in rows[3][3:12])
+    assert rows[2][-2:] == ["0", "0"] and all(cell.endswith("%") or cell == "of 0" for cell in rows[3][3:12])
 
     assert judge(*words, "--seed", "1") == 2
     assert "slg.json is of another model or of other settings" in capsys.readouterr().err
@@ -407,4 +407,4 @@ def test_gained_and_lost_captions_are_counted() -> None:
     right, wrong = Judgement((True,), (True,), None, True, True), Judgement((False,), (True,), None, True, True)
     table = scores.slg_markdown({"none | | ": [right, wrong, wrong], "1 | 2 | 0 to 1": [wrong, right, right]})
     assert [line.split("|")[-3:-1] for line in table.splitlines()[2:]] == [[" 0 ", " 0 "], [" 2 ", " 1 "]]
-    assert "| 33.3% |" in table and "| 66.7% |" in table
+    assert "| 33.3% |" in table and "| 66.7% |" in table and table.count("| of 0 |") == 2  # relations
