@@ -388,8 +388,25 @@ def parameter_table(module: nn.Module, *, depth: int = 1) -> Table[ParameterRow]
     return Table((*rows, ParameterRow("sum", sum(row.tensors for row in rows), total, 1.0)))
 
 
+_TRANSFORMERS = {  # whose docstrings say little
+    "CLIPTextModelWithProjection": "ids -> the pooled vector, mapped, and a vector for each token",
+    "CLIPTextModel": "ids -> a vector for each token, and the one at the end token",
+    "CLIPTextEmbeddings": "each token's own vector and its place's, added",
+    "CLIPEncoder": "its layers, one after another",
+    "CLIPEncoderLayer": "causal attention, then an MLP",
+    "T5EncoderModel": "ids -> a vector for each token",
+    "T5Stack": "token vectors, blocks, a last norm",
+    "T5Block": "attention with a bias by distance, then a gated MLP",
+    "T5LayerSelfAttention": "norm and attention with a bias by distance, added",
+    "T5LayerFF": "norm and gated MLP, added",
+    "T5LayerNorm": "RMS norm of each token",
+}
+
+
 def _does(part: nn.Module) -> str:
-    """What a module does: torch's commonest in a few words, any other in the first sentence of its docstring."""
+    """What a module does: torch's and transformers' commonest in a few words, any other in the first sentence of its docstring."""
+    if (name := type(part).__name__) in _TRANSFORMERS:
+        return _TRANSFORMERS[name]
     match part:
         case nn.Conv2d():
             stride = f", stride {part.stride[0]}" if part.stride[0] > 1 else ""
@@ -400,6 +417,10 @@ def _does(part: nn.Module) -> str:
             return "norm of each token"
         case nn.Linear():
             return "linear map"
+        case nn.Embedding():
+            return f"one of {part.num_embeddings:,} learned vectors for each"
+        case nn.Dropout():
+            return "nothing, outside of training"
         case nn.Sequential() if type(part) is nn.Sequential:
             return "its parts, one after another"
     uncited = re.sub(r"\s\([^()]*\d{4}[^()]*\)", "", inspect.getdoc(type(part)) or "")

@@ -16,12 +16,12 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 from torch import Tensor
 
-from minisd3.config import require
+from minisd3.config import TextConfig, require
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":", "-", "--")
@@ -204,17 +204,20 @@ def heat(
     x: str = "",
     y: str = "",
     numbers: bool = False,
+    turned: bool = False,
 ) -> Picture:
     """A table (R C) as colours, from dark, its smallest value, to bright, its largest; NaN stays white. `numbers` writes them as well.
 
-    Rows and columns are named, columns where there is room; `x` and `y` say what they are, `unit` what the colours mean.
+    Rows and columns are named, columns where there is room, or all of them if `turned` on their side; `x` and `y` say what they are,
+    `unit` what the colours mean.
     """
     require(
         values.shape == (len(rows), len(columns)), f"{tuple(values.shape)} values for {len(rows)} rows and {len(columns)} columns"
     )
     across = max(540 / len(columns), 1)
     down = min(max(across, 16), 40)
-    left, right, above, below = 24 + 6.4 * max(map(len, rows)), 90, 34, 34 + (18 if x else 0)
+    left, right, above, below = 24 + 6.4 * max(map(len, rows)), 90, 34, 34.0 + (18 if x else 0)
+    below += 6.2 * max(map(len, columns)) - 8 if turned else 0
     wide, high = left + across * len(columns) + right, above + down * len(rows) + below
     figure = Figure(figsize=(wide / 100, high / 100), dpi=100, facecolor="white")
     box = (left / wide, below / high, across * len(columns) / wide, down * len(rows) / high)
@@ -223,11 +226,14 @@ def heat(
     array = values.detach().float().cpu().numpy()
     low, top = np.nanmin(array), np.nanmax(array)
     drawn = ax.imshow(array, cmap="viridis", aspect="auto", interpolation="nearest")
-    every = max(1, round(46 / across))  # columns, so that their names do not touch
-    ax.set_xticks(range(0, len(columns), every), columns[::every])
+    every = max(1, round((14 if turned else 46) / across))  # columns, so that their names do not touch
+    ax.set_xticks(range(0, len(columns), every), columns[::every], rotation=90 if turned else 0)
     ax.set_yticks(range(len(rows)), rows)
     for (i, j), value in np.ndenumerate(array) if numbers else ():
-        ax.text(j, i, f"{value:.2f}", ha="center", va="center", size=TEXT - 1.5, color=INK if value > (low + top) / 2 else "white")
+        if not np.isnan(value):
+            ax.text(
+                j, i, f"{value:.2f}", ha="center", va="center", size=TEXT - 1.5, color=INK if value > (low + top) / 2 else "white"
+            )
     _colour_bar(figure, drawn, (1 - (right - 12) / wide, box[1], 12 / wide, box[3]), unit)
     return _finish(figure, _say(title, unit, *rows), drawing=False)
 
@@ -305,6 +311,37 @@ def quadrants(
         figure.figimage(shown, wide - 8 - shown.shape[1], high - above - shown.shape[0])
         figure.text(1 - (8 + shown.shape[1]) / wide, 1 - (above - 5) / high, "the picture so far", size=TEXT, color=INK)
     return _finish(figure, _say(title, *groups, "picture"), drawing=False)
+
+
+# --- text -------------------------------------------------------------------------------------------------------------------------
+
+
+def joined(text: TextConfig) -> Picture:
+    """How the three encoders' outputs make the context and the pooled vector, to scale: features across, tokens down."""
+    l, g, width = text.clip_l.width, text.clip_g.width, text.context_dim
+    tokens = text.clip_length + text.t5_length
+    parts = (  # name, left, top, width, height, colour
+        (f"CLIP-L\n{text.clip_length} x {l}", 0, 0, l, text.clip_length, COLOURS[4]),
+        (f"CLIP-G\n{text.clip_length} x {g}", l, 0, g, text.clip_length, COLOURS[3]),
+        (f"zeros\n{text.clip_length} x {width - l - g}", l + g, 0, width - l - g, text.clip_length, PALE),
+        (f"T5\n{text.t5_length} x {width}", 0, text.clip_length, width, text.t5_length, "#F0E442"),
+        (f"CLIP-L {l}", 0, 1.16 * tokens, l, 0.1 * tokens, COLOURS[4]),
+        (f"CLIP-G {g}", l, 1.16 * tokens, g, 0.1 * tokens, COLOURS[3]),
+    )
+    figure = Figure(figsize=(7.6, 3.7), dpi=100, facecolor="white")
+    ax = figure.add_axes((0.09, 0.02, 0.9, 0.86))
+    ax.set(xlim=(-0.01 * width, 1.01 * width), ylim=(1.28 * tokens, -0.02 * tokens), xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+    ax.set_title(f"The context: {tokens} tokens of {width} features", size=TEXT + 1, weight="bold", color=INK, loc="left")
+    ax.set_ylabel("tokens", size=TEXT, color=INK)
+    for name, left, top, wide, high, colour in parts:
+        ax.add_patch(Rectangle((left, top), wide, high, facecolor=colour, edgecolor=INK, linewidth=0.8))
+        ax.text(left + wide / 2, top + high / 2, name, ha="center", va="center", size=TEXT, color=INK)
+    ax.text(0, 1.1 * tokens, f"The pooled vector: {l + g} features", ha="left", va="center", size=TEXT, color=INK)
+    names = [" ".join(name.split()) for name, *_ in parts[:4]]
+    return _finish(
+        figure, _say(f"The context, {tokens} tokens of {width} features, and the pooled vector, to scale", *names), drawing=True
+    )
 
 
 # --- the whole, and where we are in it --------------------------------------------------------------------------------------------

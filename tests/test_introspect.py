@@ -27,7 +27,7 @@ from minisd3.introspect import (
     transformer_inputs,
 )
 from minisd3.mmdit import MMDiT
-from minisd3.text import Row, Tokens
+from minisd3.text import Row, Tokens, clip_tower, t5_tower
 from minisd3.vae import VAE
 
 FACTS = Path(__file__).parent / "facts"
@@ -276,6 +276,20 @@ def test_shape_table_says_what_each_part_does() -> None:
     assert rows["down.0.block"] == "its parts, one after another"
     assert rows["mid.attn_1"] == "Self-attention of one head between all cells of the coarsest level"
     assert rows["down.0"].startswith("The residual blocks of one resolution")  # said by the class it is made from
+
+
+def test_shape_table_of_text_towers_says_more_than_their_docstrings() -> None:
+    text = PRESETS["sd3.5-large"].text
+    with torch.device("meta"):
+        towers = {"clip_l": clip_tower(text.clip_l, 77), "clip_g": clip_tower(text.clip_g, 77), "t5xxl": t5_tower(text.t5)}
+    for name, tower in towers.items():
+        rows = shape_table(tower, torch.zeros(1, 77, dtype=torch.long, device="meta"), depth=3).rows
+        assert not [row.name for row in rows if "class" in row.does or "PyTorch" in row.does]
+        shapes = json.loads((FACTS / f"{name}.keys.json").read_text())
+        first = next(row.name for row in rows if row.kind in ("CLIPEncoderLayer", "T5Block"))
+        held = [torch.Size(shape).numel() for key, shape in shapes.items() if key.startswith(first.split("-")[0] + ".")]
+        assert next(row.parameters for row in rows if row.name == first) == sum(held) > 0
+    assert rows[1].name == "encoder" and rows[0].output == ((1, 77, 4096),)
 
 
 def test_parameter_table(model: MMDiT) -> None:

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from minisd3 import plots
+from minisd3.config import TextConfig
 
 SQUARE = torch.rand(3, 10, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -45,7 +46,9 @@ def test_pictures_are_rounded_and_cut_to_bytes() -> None:
 
 
 def test_a_signed_map_is_white_at_zero_and_turns_its_colour_with_its_sign() -> None:
-    below, zero, above = (np.asarray(plots.signed(torch.full((1, 1), value), reach=2.0))[0, 0].astype(int) for value in (-5.0, 0.0, 2.0))
+    below, zero, above = (
+        np.asarray(plots.signed(torch.full((1, 1), value), reach=2.0))[0, 0].astype(int) for value in (-5.0, 0.0, 2.0)
+    )
     assert (zero > 240).all() and below[2] > below[0] + 50 and above[0] > above[2] + 50
     with pytest.raises(ValueError, match=r"not \(1, 2, 2\)"):
         plots.signed(torch.zeros(1, 2, 2), reach=1.0)
@@ -70,6 +73,7 @@ FIGURES = {
         torch.arange(6.0).view(2, 3), title="By day", rows=["a", "b"], columns=["1", "2", "3"], unit="share", numbers=True
     ),
     "bars": lambda: plots.bars({"small": {"a": 1, "b": 2}, "large": {"b": 3}}, title="Sizes", x="parameters"),
+    "joined": lambda: plots.joined(TextConfig()),
     "quadrants": lambda: plots.quadrants(torch.eye(4), ["a", "b", "c"], {"CLIP": 1, "T5": 2}, title="Map"),
 }
 SAID = {
@@ -79,6 +83,8 @@ SAID = {
     "where": "The whole of SD3, from prompt and noise to a picture; lit up: VAE decoder",
     "heat": "By day: share; a; b",
     "bars": "Sizes: parameters; small; large; made of a, b",
+    "joined": "The context, 154 tokens of 4096 features, and the pooled vector, to scale: "
+    "CLIP-L 77 x 768; CLIP-G 77 x 1280; zeros 77 x 2048; T5 77 x 4096",
     "quadrants": "Map: CLIP; T5; picture",
 }
 
