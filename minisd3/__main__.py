@@ -27,7 +27,14 @@ TRAIN = """\
 examples:
   python -m minisd3 train                         everything, one part after the other; then a model in runs/tiny/model
   python -m minisd3 train vae --steps 500         one part
+  python -m minisd3 train mmdit --data photos --init sd3.5_medium.safetensors --folder runs/photos --lora 16
+  torchrun --nproc-per-node 8 -m minisd3 train mmdit --data photos --init sd3.5_medium.safetensors --folder runs/photos --batch 64
 Ctrl-C saves and ends; the same command goes on from there, and so does one after a crash. runs/tiny/vae/log.jsonl has every step's loss.
+"""
+PREPARE = """\
+examples:
+  python -m minisd3 prepare                       what `train` would make when it needs it
+  for i in 1 2 3 4; do python -m minisd3 prepare --scenes 100000 --share $i 4 & done; wait
 """
 EVALUATE = """\
 examples:
@@ -64,6 +71,7 @@ def parser(settings: Mapping[str, Any] | None = None) -> argparse.ArgumentParser
             lambda one: one.add_argument("file", help=".safetensors, or a folder of them"),
         ),
         ("train", "train the small family", TRAIN, _add_train),
+        ("prepare", "make the data that training reads, by several processes at once", PREPARE, _add_prepare),
         ("evaluate", "measure a model of the small family", EVALUATE, _add_evaluate),
     ]
     for name, purpose, more, add in parts:
@@ -118,6 +126,9 @@ def _add_generate(one: argparse.ArgumentParser) -> None:
     start.add_argument("--image", metavar="FILE", help="begin with this picture")
     start.add_argument("--strength", type=float, default=0.8, help="how much of it may change, above 0 to 1 (default: 0.8)")
     start.add_argument("--mask", metavar="FILE", help="white is drawn anew, black is kept")
+    one.add_argument(
+        "--lora", action="append", metavar="FILE[:STRENGTH]", help="change the model by it; may be given several times"
+    )
     control = one.add_argument_group("ControlNet")
     control.add_argument(
         "--controlnet", action="append", metavar="FILE", help="may be given several times, with a --control for each"
@@ -159,15 +170,47 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _add_train(one: argparse.ArgumentParser) -> None:
-    one.add_argument(
-        "part", nargs="?", choices=("vae", "clip", "t5", "mmdit", "controlnet"), help="what to train (default: all, in this order)"
-    )
-    one.add_argument("--folder", type=Path, default=Path("runs/tiny"), help="of the runs, one for each part (default: runs/tiny)")
+    parts = ("vae", "clip", "t5", "mmdit", "controlnet", "detector")
+    one.add_argument("part", nargs="?", choices=parts, help="what to train (default: all, in this order)")
+    _add_family(one)
     one.add_argument("--steps", type=int, help="(default: as many as the shipped model had)")
     one.add_argument("--batch", type=int, help="examples a step")
     one.add_argument("--lr", type=float, help="learning rate")
     one.add_argument("--seed", type=int, default=0, help="of the first weights and of every step (default: 0)")
+    one.add_argument("--minutes", type=float, help="stop after so long; the same command goes on")
+    own = one.add_argument_group("training mmdit on pictures of your own")
+    own.add_argument(
+        "--data", type=Path, action="append", metavar="PATH", help="a folder of pictures and captions, or a tar; or several"
+    )
+    own.add_argument("--preset", help="which model to train (default: tiny, or that of --init)")
+    own.add_argument("--init", type=Path, metavar="FILE", help="the released .safetensors that training begins with")
+    own.add_argument("--fresh", action="store_true", help="of that file take the VAE only: begin with new weights")
+    own.add_argument("--text-encoders", metavar="FOLDER", help="of clip_l, clip_g and t5xxl (default: beside --init)")
+    own.add_argument("--without", action="append", choices=("clip_l", "clip_g", "t5"), help="an encoder to do without")
+    own.add_argument("--lora", type=int, metavar="RANK", help="train a LoRA of this rank in place of the weights")
+    own.add_argument("--size", type=int, metavar="SIDE", help="to which pictures are resized and cropped (default: the preset's)")
+    own.add_argument("--buckets", action="store_true", help="crop to other proportions of the same area, too")
+    own.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches a step (default: 1)")
+    own.add_argument("--checkpointing", action="store_true", help="compute activations twice rather than keep them")
+    own.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="under torchrun: whole models, or one in shards")
+    own.add_argument(
+        "--sample-every", type=int, default=500, metavar="N", help="steps between pictures to watch; 0: none (default: 500)"
+    )
+    own.add_argument("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints (default: 500)")
+    own.add_argument("--tensorboard", action="store_true", help="write the losses for TensorBoard, too")
+
+
+def _add_prepare(one: argparse.ArgumentParser) -> None:
+    _add_family(one)
+    one.add_argument(
+        "--share", type=int, nargs=2, default=(1, 1), metavar=("I", "N"), help="the Ith of N processes' share (default: all)"
+    )
+
+
+def _add_family(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--folder", type=Path, default=Path("runs/tiny"), help="of the runs, one for each part (default: runs/tiny)")
     one.add_argument("--scenes", type=int, default=19_000, help="scenes that mmdit is trained on, encoded once (default: 19000)")
+    one.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
 
 
 def _add_evaluate(one: argparse.ArgumentParser) -> None:

@@ -1,35 +1,37 @@
 """What the command line does: one function for each command, given the options that __main__ has read."""
 
+import contextlib
 import json
+import math
 import re
+import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import CLIPTokenizer, T5Tokenizer
 
-from minisd3 import flow, recipes, scenes, scores
-from minisd3.config import PRESETS, ControlNetConfig, Preset, SkipLayers, require
-from minisd3.controlnet import HINTS, ControlNet
+from minisd3 import finetune, flow, scenes, scores
+from minisd3.config import PRESETS, Preset, SkipLayers, require
+from minisd3.controlnet import HINTS
 from minisd3.evaluate import Judgement, grid, tally, tally_by_number
+from minisd3.family import CONTROLNETS, STEPS, Family
 from minisd3.formats import replacing
+from minisd3.lora import apply_lora
 from minisd3.mmdit import MMDiT
-from minisd3.pipeline import HUB, MODELS, SD3, from_pil, load
+from minisd3.pipeline import HUB, SD3, best_device, from_pil, load
 from minisd3.scenes import Scene
 from minisd3.scores import Draw
-from minisd3.text import ImageTower, TextEncoders, clip_tower, t5_tower
-from minisd3.training import Progress, averaged
-from minisd3.vae import VAE
-from minisd3.weights import describe, load_mmdit, load_vae, save_released
+from minisd3.training import Progress
+from minisd3.weights import describe
 
 # --- generate ---------------------------------------------------------------------------------------------------------------------
 
@@ -37,7 +39,7 @@ from minisd3.weights import describe, load_mmdit, load_vae, save_released
 # the options that tell how a picture looks, kept in its file; of skip-layer guidance there is `slg`, as it was used
 SETTINGS = (
     "prompt", "negative", "seed", "count", "height", "width", "steps", "cfg", "cfg_interval", "sampler", "shift", "schedule", "image",
-    "strength", "mask", "controlnet", "control", "make_hint", "control_strength", "control_start", "control_end", "model",
+    "strength", "mask", "lora", "controlnet", "control", "make_hint", "control_strength", "control_start", "control_end", "model",
     "text_encoders", "without", "dtype", "tiled",
 )  # fmt: skip
 
@@ -50,6 +52,8 @@ def generate(args: Namespace) -> None:
     paths = _free_paths(args.out, args.prompt[0], 1 if args.grid else len(wanted), args.force)
     pictures: dict[str, Any] = {name: _read(getattr(args, name)) for name in ("image", "mask") if getattr(args, name)}
     sd3 = load(args.model, controlnet=args.controlnet, **_model_options(args))
+    for file, strength in map(_lora, args.lora or ()):
+        apply_lora(sd3.mmdit, file, strength)
     options = _options(args, sd3, pictures.get("image"))
     drawn = []
     for i, (prompt, seed) in enumerate(wanted):
@@ -110,6 +114,15 @@ def _slg(args: Namespace, preset: Preset) -> SkipLayers | bool:
     return replace(preset.slg, **given) if preset.slg else SkipLayers(**given)
 
 
+def _lora(words: str) -> tuple[str, float]:
+    """FILE or FILE:STRENGTH."""
+    file, _, strength = words.rpartition(":")
+    try:
+        return file, float(strength)
+    except ValueError:  # a name with a colon in it, or without one
+        return words, 1.0
+
+
 def _read(file: str) -> Image.Image:
     with Image.open(file) as picture:
         return picture.copy()
@@ -163,7 +176,7 @@ def settings_of(file: str) -> dict[str, Any]:
     require(text is not None, f"{file} holds no settings of minisd3; only a .png as `generate` saved it does")
     about = json.loads(str(text))
     prompt, slg = about["prompt"], about["slg"] or {}
-    settings = {name: about[name] for name in SETTINGS} | {f"slg_{name}": value for name, value in slg.items()}
+    settings = {name: about[name] for name in SETTINGS if name in about} | {f"slg_{name}": value for name, value in slg.items()}
     return settings | {"prompt": prompt if isinstance(prompt, list) else [prompt]}
 
 
@@ -197,116 +210,51 @@ def inspect(args: Namespace) -> None:
 
 # --- train ------------------------------------------------------------------------------------------------------------------------
 
-STEPS = {
-    "vae": 1750, "clip_l": 245, "clip_g": 220, "t5": 400, "mmdit": 1850,
-    "controlnet_canny": 500, "controlnet_blur": 500, "controlnet_depth": 500,
-}  # in the order of training  # fmt: skip
-
 
 def train(args: Namespace) -> None:
-    """Train parts of the tiny family, each from where its run stands. Other parts are the folder's, or where it has none, the package's."""
+    """Train parts of the tiny family, each from where its run stands, and make a model of what there is."""
+    ends = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
+    if args.data:
+        finetune.train(args, ends)
+        return
+    family = Family(args.folder, torch.device(args.device or best_device()), args.seed, args.scenes)
+    stopped = None
     for part in [part for part in STEPS if part.startswith(args.part or "")]:  # "clip" is both, "controlnet" all three
         steps = args.steps or STEPS[part]
         options = {name: getattr(args, name) for name in ("batch", "lr") if getattr(args, name)}
-        run = _trainer(args, part)(args.folder / part, steps=steps, seed=args.seed, **options)
-        with tqdm(total=steps, desc=part, unit="step") as bar:
-            for progress in run:
-                if bar.n == 0:
-                    bar.initial = bar.n = progress.step - 1
-                bar.set_postfix(loss=f"{progress.loss:.4f}", refresh=False)
-                bar.update(progress.step - bar.n)
-            bar.n = bar.n or steps  # nothing was left to do
-        if bar.n < steps:
-            raise KeyboardInterrupt(f"stopped at step {bar.n} of {steps}; the same command goes on from there")
+        try:
+            _follow(family.trainer(part)(steps=steps, **options), part, steps, ends)
+        except KeyboardInterrupt as stop:
+            stopped = stop
+            break
     if (args.folder / "mmdit").is_dir():
-        _assemble(args.folder)
+        print(family.assemble())
+    if stopped:
+        raise stopped
 
 
-def _trainer(args: Namespace, part: str) -> Callable[..., Iterator[Progress]]:
-    """recipes.train_... of this part, with a new module to train and the old ones that it needs."""
-    tiny, text, tokenizers = PRESETS["tiny"], PRESETS["tiny"].text, MODELS / "tiny" / "text_encoders"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(args.seed)
-        if part == "vae":
-            return partial(recipes.train_vae, VAE(tiny.vae))
-        if part == "mmdit":
-            return partial(recipes.train_mmdit, MMDiT(tiny.mmdit), _text(args.folder), _latents(args))
-        if part.startswith("controlnet"):
-            kind, mmdit = part.removeprefix("controlnet_"), _mmdit(args.folder)
-            net = ControlNet.from_base(mmdit, _tiny_controlnet(), kind)
-            hints = _prepared(args, f"hints_{kind}", min(args.scenes, 4000), partial(recipes.hint_latents, _vae(args.folder), kind))
-            return partial(recipes.train_controlnet, net, mmdit, _text(args.folder), _latents(args), hints)
-        if part == "t5":
-            encoders = TextEncoders(
-                text, t5=t5_tower(text.t5), t5_tokenizer=T5Tokenizer.from_pretrained(tokenizers / "t5_tokenizer")
-            )
-            return partial(recipes.train_t5, encoders)
-        name: Literal["clip_l", "clip_g"] = "clip_l" if part == "clip_l" else "clip_g"
-        config = getattr(text, name)
-        tokenizer = CLIPTokenizer.from_pretrained(tokenizers / "clip_tokenizer")
-        tower: dict[str, Any] = {name: clip_tower(config, text.clip_length)}
-        encoders = TextEncoders(text, clip_tokenizer=tokenizer, **tower)
-        return partial(recipes.train_clip, encoders, name, ImageTower(config.width))
+def _follow(run: Iterator[Progress], part: str, steps: int, ends: float) -> None:
+    """Make all steps, or as many as there is time for."""
+    with tqdm(total=steps, desc=part, unit="step") as bar, contextlib.closing(run):  # type: ignore[type-var]
+        bar.n = steps  # if nothing is left to do
+        for progress in run:
+            if bar.n == steps:
+                bar.initial = bar.n = progress.step - 1
+            bar.set_postfix(loss=f"{progress.loss:.4f}", refresh=False)
+            bar.update(progress.step - bar.n)
+            if time.monotonic() > ends:
+                break
+    if bar.n < steps:
+        raise KeyboardInterrupt(f"stopped at step {bar.n} of {steps}; the same command goes on from there")
 
 
-def _latents(args: Namespace) -> dict[str, Tensor]:
-    return _prepared(args, "latents", args.scenes, partial(recipes.scene_latents, _vae(args.folder), _text(args.folder)))
-
-
-def _prepared(args: Namespace, name: str, n: int, make: Callable[[list[int]], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What the first n training scenes give, made on the first call."""
-    for _ in tqdm(recipes.prepare(args.folder / name, range(n), make), desc=name, unit="shard", total=-(-n // 1000)):
-        pass
-    return recipes.prepared(args.folder / name)
-
-
-def _trained(folder: Path, part: str) -> dict[str, Tensor]:
-    """A part's weights, out of its run, where it may have been trained inside another module."""
-    inside = {"vae": "", "clip_l": "text.", "clip_g": "text.", "t5": "tower.", "mmdit": "mmdit."}.get(part, "net.")
-    return {k.removeprefix(inside): v for k, v in averaged(folder / part).items() if k.startswith(inside)}
-
-
-def _vae(folder: Path) -> VAE:
-    """The folder's, or the package's; so do the next two."""
-    if not (folder / "vae").is_dir():
-        return load_vae(MODELS / "tiny" / "sd3_tiny.safetensors", dtype=torch.float32)
-    vae = VAE(PRESETS["tiny"].vae).eval()
-    vae.load_state_dict(_trained(folder, "vae"))
-    return vae
-
-
-def _tiny_controlnet() -> ControlNetConfig:
-    config = PRESETS["tiny"].controlnet
-    assert config is not None
-    return config
-
-
-def _mmdit(folder: Path) -> MMDiT:
-    if not (folder / "mmdit").is_dir():
-        return load_mmdit(MODELS / "tiny" / "sd3_tiny.safetensors", dtype=torch.float32)
-    mmdit = MMDiT(PRESETS["tiny"].mmdit)
-    mmdit.load_state_dict(_trained(folder, "mmdit"))
-    return mmdit
-
-
-def _text(folder: Path) -> TextEncoders:
-    encoders = TextEncoders.load(MODELS / "tiny" / "text_encoders", PRESETS["tiny"].text, dtype=torch.float32)
-    for name, tower in encoders.named_children():
-        if (folder / name).is_dir():
-            tower.load_state_dict(_trained(folder, name))
-    return encoders
-
-
-def _assemble(folder: Path) -> None:
-    """Write the folder's model, and the ControlNets that it has, as `load` reads them."""
-    model = folder / "model"
-    save_released(model / "sd3_tiny.safetensors", _mmdit(folder), _vae(folder), dtype=torch.float16)
-    _text(folder).save(model / "text_encoders", dtype=torch.float16)
-    for run in sorted(folder.glob("controlnet_*")):
-        net = ControlNet(_tiny_controlnet())
-        net.load_state_dict(_trained(folder, run.name))
-        save_released(model / f"{run.name}.safetensors", net, dtype=torch.float16)
-    print(model / "sd3_tiny.safetensors")
+def prepare(args: Namespace) -> None:
+    """Make the data that the transformer and the ControlNets learn from, or one process's share of it."""
+    number, processes = args.share
+    require(1 <= number <= processes, f"--share is {number} {processes}; write 1 4 for the first of four processes")
+    family = Family(args.folder, torch.device(args.device or best_device()), scenes=args.scenes)
+    for name in ("latents", *(f"hints_{kind}" for kind in CONTROLNETS)):
+        family.prepare(name, (number - 1, processes))
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------------------
