@@ -17,7 +17,7 @@ from minisd3 import commands, family, recipes, scores, training
 from minisd3.__main__ import main
 from minisd3.config import PRESETS, SkipLayers
 from minisd3.evaluate import CaptionAccuracy, Judgement
-from minisd3.scenes import HELD_OUT, captions
+from minisd3.scenes import HELD_OUT, captions, pictures
 
 PROMPT = "a red house"
 
@@ -341,6 +341,13 @@ def test_evaluate_draws_as_it_is_told(judge: Any, monkeypatch: pytest.MonkeyPatc
         assert grid.size == (8 * 128, 96)
     assert judge("--prompts", "1", "--size", "64", "64") == 2
     assert "height is 64; a scene's sides are multiples of 16 from 96 to 192" in capsys.readouterr().err
+
+
+def test_many_pictures_have_a_frechet_distance() -> None:
+    seeds = range(HELD_OUT, HELD_OUT + 97)
+    found = scores.of_pictures(pictures(seeds), captions(seeds))
+    assert found["CLIP score, clip_l"] > 0.9 and found["CLIP score, clip_g"] > 0.9
+    assert found["Frechet distance of 97 pictures"] == found["the same of rendered scenes"] > 0
 
 
 def stop_at(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
