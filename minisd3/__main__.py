@@ -178,6 +178,9 @@ def _add_train(one: argparse.ArgumentParser) -> None:
     one.add_argument("--lr", type=float, help="learning rate")
     one.add_argument("--seed", type=int, default=0, help="of the first weights and of every step (default: 0)")
     one.add_argument("--minutes", type=float, help="stop after so long; the same command goes on")
+    one.add_argument(
+        "--sample-every", type=int, default=500, metavar="N", help="of mmdit, draw after N steps; 0: never (default: 500)"
+    )
     own = one.add_argument_group("training mmdit on pictures of your own")
     own.add_argument(
         "--data", type=Path, action="append", metavar="PATH", help="a folder of pictures and captions, or a tar; or several"
@@ -193,9 +196,6 @@ def _add_train(one: argparse.ArgumentParser) -> None:
     own.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches a step (default: 1)")
     own.add_argument("--checkpointing", action="store_true", help="compute activations twice rather than keep them")
     own.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="under torchrun: whole models, or one in shards")
-    own.add_argument(
-        "--sample-every", type=int, default=500, metavar="N", help="steps between pictures to watch; 0: none (default: 500)"
-    )
     own.add_argument("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints (default: 500)")
     own.add_argument("--tensorboard", action="store_true", help="write the losses for TensorBoard, too")
 

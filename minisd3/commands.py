@@ -30,7 +30,6 @@ from minisd3.mmdit import MMDiT
 from minisd3.pipeline import HUB, SD3, best_device, from_pil, load
 from minisd3.scenes import Scene
 from minisd3.scores import Draw
-from minisd3.training import Progress
 from minisd3.weights import describe
 
 # --- generate ---------------------------------------------------------------------------------------------------------------------
@@ -217,13 +216,17 @@ def train(args: Namespace) -> None:
     if args.data:
         finetune.train(args, ends)
         return
+    require(not torch.distributed.is_torchelastic_launched(), "torchrun is for --data; the small family trains in one process")
     family = Family(args.folder, torch.device(args.device or best_device()), args.seed, args.scenes)
     stopped = None
     for part in [part for part in STEPS if part.startswith(args.part or "")]:  # "clip" is both, "controlnet" all three
         steps = args.steps or STEPS[part]
         options = {name: getattr(args, name) for name in ("batch", "lr") if getattr(args, name)}
         try:
-            _follow(family.trainer(part)(steps=steps, **options), part, steps, ends)
+            with contextlib.closing(finetune.watched(family.trainer(part)(steps=steps, **options), part, steps, ends=ends)) as run:
+                for progress in run:
+                    if part == "mmdit" and args.sample_every and progress.step % args.sample_every == 0:
+                        _draw(family, progress.step)
         except KeyboardInterrupt as stop:
             stopped = stop
             break
@@ -233,19 +236,15 @@ def train(args: Namespace) -> None:
         raise stopped
 
 
-def _follow(run: Iterator[Progress], part: str, steps: int, ends: float) -> None:
-    """Make all steps, or as many as there is time for."""
-    with tqdm(total=steps, desc=part, unit="step") as bar, contextlib.closing(run):  # type: ignore[type-var]
-        bar.n = steps  # if nothing is left to do
-        for progress in run:
-            if bar.n == steps:
-                bar.initial = bar.n = progress.step - 1
-            bar.set_postfix(loss=f"{progress.loss:.4f}", refresh=False)
-            bar.update(progress.step - bar.n)
-            if time.monotonic() > ends:
-                break
-    if bar.n < steps:
-        raise KeyboardInterrupt(f"stopped at step {bar.n} of {steps}; the same command goes on from there")
+def _draw(family: Family, step: int) -> None:
+    """What the transformer's run has reached at its last checkpoint: the first held-out prompts, with the same noise each time."""
+    if not (family.folder / "mmdit" / "checkpoint.safetensors").exists():
+        return
+    text, vae, preset = family.text(), family.vae(), PRESETS["tiny"]
+    cond, empty = text.encode([scene.caption() for scene in scenes.PROMPTS[:8]]), text.encode([""])
+    shape = vae.config.latent_channels, *(side // vae.config.factor for side in preset.size)
+    sheet = finetune.draw_samples(family.mmdit(), vae, preset, shape, cond, empty)
+    finetune.save_sheet(sheet, family.folder / "mmdit" / "samples" / f"{step:06d}.png")
 
 
 def prepare(args: Namespace) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,29 @@ def test_drawing_samples_does_not_change_the_run(words: list[str], tmp_path: Pat
         ends.append(load_file(tmp_path / name / "mmdit" / "checkpoint.safetensors"))
     assert not (tmp_path / "without" / "mmdit" / "samples").exists()
     assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_the_small_family_draws_what_its_last_checkpoint_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["tiny"], steps=1))
+    command = [
+        "train",
+        "mmdit",
+        "--folder",
+        str(tmp_path),
+        "--batch",
+        "2",
+        "--scenes",
+        "4",
+        "--sample-every",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    assert main([*command, "--steps", "1"]) == main([*command, "--steps", "2"]) == 0
+    sheets = list((tmp_path / "mmdit" / "samples").iterdir())
+    assert [sheet.name for sheet in sheets] == ["000002.png"]  # there was none before the first checkpoint, at the end
+    with Image.open(sheets[0]) as sheet:
+        assert sheet.size == (8 * 128, 128)
 
 
 def test_a_lora_is_trained_and_drawn_with(
