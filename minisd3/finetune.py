@@ -98,7 +98,8 @@ def _prepare(args: Namespace, path: Path, preset: Preset, device: torch.device) 
         config = replace(preset.text, t5_limit=preset.text.t5_length)
         text = TextEncoders.load(folder, config, without=args.without or (), device=device, dtype=best_dtype(device))
         vae = load_vae(path, device=device, dtype=torch.float32)
-        for _ in tqdm(data.prepare(missing, vae, text), desc="prepare", unit="shard", total=len(missing)):
+        quiet = not distributed.is_first()
+        for _ in tqdm(data.prepare(missing, vae, text), desc="prepare", unit="shard", total=len(missing), disable=quiet):
             pass
     distributed.anywhere(False)  # until all are there
     return [shard.path for shard in shards]

@@ -1,5 +1,6 @@
 """Two processes against one, with the same batches: replicated or in shards, the same losses, weights and checkpoints."""
 
+import contextlib
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from minisd3 import distributed
+from minisd3 import distributed, training
 from minisd3.config import MMDiTConfig
 from minisd3.mmdit import MMDiT
 from minisd3.training import OnlyAdamW, Optimizer, fit, flow_loss
@@ -62,6 +63,11 @@ def run(module: nn.Module, folder: Path, *, batch: int = 4, stop: int | None = N
         (folder / "losses.json").write_text(json.dumps(losses))
 
 
+def exact(patch: pytest.MonkeyPatch) -> None:
+    """fp32 on every machine: rounded to bf16, gradients depend on how a batch is split."""
+    patch.setattr(training, "autocast", lambda device: contextlib.nullcontext())
+
+
 def checkpointing() -> MMDiT:
     mmdit = model()
     mmdit.checkpointing = True
@@ -71,7 +77,8 @@ def checkpointing() -> MMDiT:
 def worker(folder: Path) -> None:
     """What each of the two processes does."""
     torch.set_num_threads(1)
-    with distributed.joined(torch.device("cpu")):
+    with pytest.MonkeyPatch.context() as patch, distributed.joined(torch.device("cpu")):
+        exact(patch)
         run(distributed.replicate(model()), folder / "replicated")
         run(distributed.replicate(model()), folder / "replicated, Muon, in parts", **PARTS, **MUON)
         run(distributed.shard(checkpointing()), folder / "in shards, in parts", **PARTS)
@@ -85,8 +92,15 @@ def worker(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of runs of one process and of two; those of two end with the names that `worker` gives them."""
+    """A folder of runs of one process and of two; those of two have the names that `worker` gives them."""
     folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        exact(patch)
+        make_runs(folder)
+    return folder
+
+
+def make_runs(folder: Path) -> None:
     run(model(), folder / "alone")
     run(model(), folder / "alone, in parts", **PARTS)
     run(model(), folder / "alone, Muon", **MUON)
@@ -107,7 +121,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     run(model(), folder / "one goes on from two")
-    return folder
 
 
 def losses(folder: Path) -> list[float]:
