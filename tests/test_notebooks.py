@@ -181,7 +181,7 @@ LATENTS = [
     (3, CONSTANTS.format("3, 2, 4"), "right"),
     (3, CONSTANTS.format("-3, 2, 4"), "mind the sign"),
     (3, CONSTANTS.format("1, 2, 4"), "what is subtracted"),
-    (3, CONSTANTS.format("3, 0.5, 4"), "the scale its inverse"),
+    (3, CONSTANTS.format("3, 0.5, 4"), "the scale is its inverse"),
     (3, CONSTANTS.format("3, 2, 10"), "the other way round"),
     (3, CONSTANTS.format("3, 2, -2"), "you normalised 2"),
     (3, CONSTANTS.format("3, 2, 7"), "divides by the scale"),
@@ -308,6 +308,50 @@ MMDIT = [
 @pytest.mark.parametrize(("number", "answer", "said"), MMDIT)
 def test_checks_of_mmdit(number: int, answer: str, said: str) -> None:
     result = check("03_mmdit.ipynb", number, answer)
+    assert said in result
+    assert result.startswith("right") == (said == "right")
+
+
+CAUSAL = "def causal(fits):\n    {}"
+POOL = "def pool(states, ids):\n    return {}"
+JOIN = "def join(l, g, t5):\n    return {}"
+SIDE = "torch.nn.functional.pad(torch.cat([{}], 2), ({}))"
+LATER = "later = torch.ones_like(fits).triu({}).bool()\n    "
+TEXT = [
+    (1, CAUSAL.format(LATER.format(1) + "return torch.softmax(fits.masked_fill(later, -torch.inf), 1)"), "right"),
+    (1, CAUSAL.format("return torch.softmax(fits + torch.full_like(fits, -torch.inf).triu(1), -1)"), "right"),
+    (
+        1,
+        CAUSAL.format(LATER.format(1) + "return torch.softmax(fits.masked_fill(later.T, -torch.inf), 1)"),
+        "only those behind them",
+    ),
+    (1, CAUSAL.format("return torch.softmax(fits, 1).tril()"), "no longer sum to 1"),
+    (1, CAUSAL.format("return torch.softmax(fits.tril(), 1)"), "mask with -inf"),
+    (1, CAUSAL.format(LATER.format(0) + "return torch.softmax(fits.masked_fill(later, -torch.inf), 1)"), "read itself, too"),
+    (1, CAUSAL.format(LATER.format(1) + "return torch.softmax(fits.masked_fill(later, -torch.inf), 0)"), "over the queries"),
+    (1, CAUSAL.format("return fits"), "some weights are wrong"),
+    (1, CAUSAL.format("..."), "not written yet"),
+    (2, POOL.format("states[ids.argmax()]"), "right"),
+    (2, POOL.format("states[(ids == ids.max()).nonzero()[0, 0]]"), "right"),
+    (2, POOL.format("states[-1]"), "padding"),
+    (2, POOL.format("states[0]"), "start token"),
+    (2, POOL.format("states[ids.argmax() - 1]"), "the last word"),
+    (2, POOL.format("states.mean(0)"), "the mean of all"),
+    (2, POOL.format("states[1]"), "end token is at place 3"),
+    (2, POOL.format("None"), "not written yet"),
+    (3, JOIN.format("torch.cat([" + SIDE.format("l, g", "0, 3") + ", t5], 1)"), "right"),
+    (3, JOIN.format("torch.cat([t5, " + SIDE.format("l, g", "0, 3") + "], 1)"), "CLIP's tokens come first"),
+    (3, JOIN.format("torch.cat([" + SIDE.format("g, l", "0, 3") + ", t5], 1)"), "CLIP-L comes before"),
+    (3, JOIN.format("torch.cat([" + SIDE.format("l, g", "3, 0") + ", t5], 1)"), "zeros come behind"),
+    (3, JOIN.format("torch.cat([" + SIDE.format("l", "0, 6") + ", " + SIDE.format("g", "0, 5") + ", t5], 1)"), "side by side"),
+    (3, JOIN.format("torch.zeros(1, 7, 8)"), "not what stands where"),
+    (3, JOIN.format("None"), "not written yet"),
+]
+
+
+@pytest.mark.parametrize(("number", "answer", "said"), TEXT)
+def test_checks_of_text(number: int, answer: str, said: str) -> None:
+    result = check("04_text_conditioning.ipynb", number, answer)
     assert said in result
     assert result.startswith("right") == (said == "right")
 
