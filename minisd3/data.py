@@ -88,16 +88,26 @@ def _in_folder(folder: Path) -> Iterator[Example]:
     for file in sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES):
         beside = file.with_suffix(".txt")
         require(beside.is_file(), f"{file} has no caption; write it to {beside.name} beside it")
-        yield _of_file(folder, file, beside.read_text())
+        yield _of_file(folder, file, _text(beside.read_bytes(), beside))
 
 
 def _in_table(folder: Path) -> Iterator[Example]:
     table = folder / "metadata.jsonl"
-    for number, line in enumerate(table.read_text().splitlines(), 1):
-        row: Any = json.loads(line) if line.startswith("{") else {}
-        require("file_name" in row and "text" in row, f"{table}, line {number}, has no file_name and text: {line[:80]}")
+    for number, line in enumerate(_text(table.read_bytes(), table).splitlines(), 1):
+        row: Any = None
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+        fits = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("file_name", "text"))
+        require(fits, f"{table}, line {number}, is no object with file_name and text: {line[:80]}")
         require((folder / row["file_name"]).is_file(), f"{table}, line {number}, names {row['file_name']}, which is not there")
         yield _of_file(folder, folder / row["file_name"], row["text"])
+
+
+def _text(content: bytes, where: Path | str) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is no UTF-8 text ({error}); save it as such") from None
 
 
 def _of_file(folder: Path, file: Path, caption: str) -> Example:
@@ -116,7 +126,7 @@ def _in_tar(path: Path) -> Iterator[Example]:
                 if kind in PICTURES:
                     pictures[key] = member
                 elif kind == ".txt" and (text := tar.extractfile(member)):
-                    captions[key] = text.read().decode()
+                    captions[key] = _text(text.read(), f"{member.name} in {path}")
     except tarfile.ReadError as error:
         raise ValueError(f"{path} is no uncompressed tar ({error}); unpack it, or pack it again without compression") from None
     for key, member in pictures.items():

@@ -8,7 +8,7 @@ files, kohya's, and those under the released names; what they hold for q, k and 
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,47 +90,47 @@ def _theirs(mmdit: MMDiT, name: str, rows: Tensor) -> dict[str, Tensor]:
     return {theirs.removesuffix(".weight"): part for theirs, part in made.items() if theirs.endswith(".weight")}
 
 
-_SUFFIX = re.compile(r"(?:\.lora_A|\.lora_down|\.lora\.down)(?:\.default)?\.weight|"
-                     r"(?:\.lora_B|\.lora_up|\.lora\.up)(?:\.default)?\.weight|\.alpha")  # fmt: skip
-_PREFIX = re.compile(r"(?:base_model\.model\.)?(?:transformer\.|diffusion_model\.|lora_unet_|lora_transformer_)?")
+_NAME = re.compile(
+    r"(?:base_model\.model\.)?(?:transformer\.|diffusion_model\.|lora_unet_|lora_transformer_)?(?P<layer>.+?)"
+    r"(?:(?P<down>\.lora_A|\.lora_down|\.lora\.down)(?:\.default)?\.weight|(?P<up>\.lora_B|\.lora_up|\.lora\.up)(?:\.default)?\.weight|\.alpha)"
+)
 
 
 def read_lora(path: str | Path, mmdit: MMDiT) -> dict[str, Factors]:
     """What a LoRA file adds to this transformer's layers, by their names, in float32. Raises WeightsError for anything else."""
-    path = Path(path)
-    ours, theirs = _names(mmdit)
+    path, layers = Path(path), _linear(mmdit)
+    theirs = [other for name, layer in layers.items() for other in _theirs(mmdit, name, layer.weight.detach())]
+    alpha = _noted_alpha(path)
+    factors = {name: _factors(path, name, own, alpha) for name, own in _tensors(path, [*layers, *theirs]).items()}
+    found = {name: own for name, own in factors.items() if name in layers}
+    for weight, source in from_diffusers("transformer", [f"{name}.weight" for name in theirs]).items():
+        name, parts = weight.removesuffix(".weight"), [factors.get(part.removesuffix(".weight")) for part in source.names]
+        if any(parts):
+            down, up = _joined(parts, layers[name].out_features // len(parts))
+            found[name] = Factors(down, source.build([up]) if source.op == "swap" else up)
+    for name, (down, up) in found.items():
+        own, wanted = (len(up), down.shape[1]), tuple(layers[name].weight.shape)
+        if own != wanted:
+            raise WeightsError(f"{path} is of another transformer: its {name} is {own}, and this one's {wanted}")
+    return found
+
+
+def _tensors(path: Path, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    """A file's down, up and alpha for each of these layers, which in kohya's files have _ in the place of dots."""
+    known = {name.replace(".", "_"): name for name in names}
     parts: dict[str, dict[str, Tensor]] = {}
     strange = []
     for name, entry in read_header(path).items():
-        suffix = _SUFFIX.search(name)
-        layer = name[: suffix.start()] if suffix else name
-        layer = layer[_PREFIX.match(layer).end() :].replace(".", "_")  # type: ignore[union-attr]
-        if suffix and suffix.end() == len(name) and layer in ours | theirs:
-            kind = "alpha" if suffix[0] == ".alpha" else "down" if re.search("_A|down", suffix[0]) else "up"
-            parts.setdefault((ours | theirs)[layer], {})[kind] = entry.map().float()
+        match = _NAME.fullmatch(name)
+        layer = known.get(match["layer"].replace(".", "_")) if match else None
+        if match and layer:
+            kind = "down" if match["down"] else "up" if match["up"] else "alpha"
+            parts.setdefault(layer, {})[kind] = entry.map().float()
         else:
             strange.append(name)
     if strange or not parts:
         raise WeightsError(f"{path} is no LoRA of this transformer's linear layers: it holds {some(strange)}")
-    alpha = _noted_alpha(path)
-    factors = {layer: _factors(path, layer, own, alpha) for layer, own in parts.items()}
-    found = {name: factors[name] for name in ours.values() if name in factors}
-    for name, source in from_diffusers("transformer", [f"{layer}.weight" for layer in theirs.values()]).items():
-        own = [factors.get(layer.removesuffix(".weight")) for layer in source.names]
-        if any(own):
-            joined = _joined(own, len(_linear(mmdit)[name.removesuffix(".weight")].weight) // len(own))
-            found[name.removesuffix(".weight")] = Factors(
-                joined.down, source.build([joined.up]) if source.op == "swap" else joined.up
-            )
-    _check_fit(path, found, mmdit)
-    return found
-
-
-def _names(mmdit: MMDiT) -> tuple[dict[str, str], dict[str, str]]:
-    """Our and diffusers' names of all linear layers, each by the same name with _ in the place of every dot."""
-    ours = {name.replace(".", "_"): name for name in _linear(mmdit)}
-    theirs = [other for name, layer in _linear(mmdit).items() for other in _theirs(mmdit, name, layer.weight.detach())]
-    return ours, {name.replace(".", "_"): name for name in theirs}
+    return parts
 
 
 def _noted_alpha(path: Path) -> float | None:
@@ -159,15 +159,6 @@ def _joined(parts: list[Factors | None], rows: int) -> Factors:
         return Factors(there[0].down, torch.cat([part.up for part in there]))
     ups = [torch.zeros(rows, 0) if part is None else part.up for part in parts]
     return Factors(torch.cat([part.down for part in there]), torch.block_diag(*ups))
-
-
-def _check_fit(path: Path, found: Mapping[str, Factors], mmdit: MMDiT) -> None:
-    for name, (down, up) in found.items():
-        shape = tuple(_linear(mmdit)[name].weight.shape)
-        if (len(up), down.shape[1]) != shape:
-            raise WeightsError(
-                f"{path} is of another transformer: its {name} is {(len(up), down.shape[1])}, and this one's {shape}"
-            )
 
 
 @torch.no_grad()

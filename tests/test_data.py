@@ -96,11 +96,21 @@ def compress(folder: Path) -> list[Path]:
     return [pack(fill(folder), folder / "x.tar", "w:gz")]
 
 
+def spoil_a_caption(folder: Path) -> list[Path]:
+    (fill(folder) / "0.txt").write_bytes(b"caf\xe9")
+    return [folder]
+
+
 WRONG: list[tuple[Callable[[Path], list[Path]], str]] = [
     (lose_a_caption, r"2.png has no caption; write it to 2.txt beside it"),
     (lose_a_caption_in_a_tar, r"2.png in .*x.tar has no caption; add 2.txt to the tar"),
     (compress, r"x.tar is no uncompressed tar .*; unpack it"),
-    (lambda folder: [table(fill(folder), {"file_name": "0.png"})], r"metadata.jsonl, line 1, has no file_name and text"),
+    (
+        lambda folder: [table(fill(folder), {"file_name": "0.png"})],
+        r"metadata.jsonl, line 1, is no object with file_name and text: {",
+    ),
+    (lambda folder: [table(fill(folder), ["0.png"])], r"line 1, is no object"),
+    (spoil_a_caption, r"0.txt is no UTF-8 text \(.*\); save it as such"),
     (lambda folder: [table(fill(folder), {"file_name": "9.png", "text": "x"})], r"line 1, names 9.png, which is not there"),
     (lambda folder: [folder], r"there are no pictures \(.jpeg, .jpg, .png, .webp\) in"),
     (lambda folder: [folder / "none"], r"none does not exist; name a folder of pictures and captions, or tars"),

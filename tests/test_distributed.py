@@ -140,8 +140,8 @@ PAIRS = [
     ("in shards, in parts", "alone, in parts", 5e-6),
     ("two go on from one", "alone", 5e-6),
     ("one goes on from two", "alone", 5e-6),
-    ("replicated, Muon, in parts", "alone, Muon, in parts", 2e-4),
-    ("in shards, Muon", "alone, Muon", 2e-4),
+    ("replicated, Muon, in parts", "alone, Muon, in parts", 3e-4),
+    ("in shards, Muon", "alone, Muon", 3e-4),
 ]
 
 
