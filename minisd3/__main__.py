@@ -170,7 +170,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _add_train(one: argparse.ArgumentParser) -> None:
-    parts = ("vae", "clip", "t5", "mmdit", "controlnet", "detector")
+    parts = ("vae", "vae_4", "vae_8", "clip", "t5", "mmdit", "controlnet", "detector")
     one.add_argument("part", nargs="?", choices=parts, help="what to train (default: all, in this order)")
     _add_family(one)
     one.add_argument("--steps", type=int, help="(default: as many as the shipped model had)")

@@ -23,7 +23,7 @@ from minisd3 import finetune, flow, scenes, scores
 from minisd3.config import PRESETS, Preset, SkipLayers, require
 from minisd3.controlnet import HINTS
 from minisd3.evaluate import Judgement, grid, tally, tally_by_number
-from minisd3.family import CONTROLNETS, STEPS, Family
+from minisd3.family import DATA, STEPS, Family
 from minisd3.formats import replacing
 from minisd3.lora import apply_lora
 from minisd3.mmdit import MMDiT
@@ -219,7 +219,8 @@ def train(args: Namespace) -> None:
     require(not torch.distributed.is_torchelastic_launched(), "torchrun is for --data; the small family trains in one process")
     family = Family(args.folder, torch.device(args.device or best_device()), args.seed, args.scenes)
     stopped = None
-    for part in [part for part in STEPS if part.startswith(args.part or "")]:  # "clip" is both, "controlnet" all three
+    parts = [args.part] if args.part in STEPS else [part for part in STEPS if part.startswith(args.part or "")]  # "clip" is both
+    for part in parts:
         steps = args.steps or STEPS[part]
         options = {name: getattr(args, name) for name in ("batch", "lr") if getattr(args, name)}
         try:
@@ -252,7 +253,7 @@ def prepare(args: Namespace) -> None:
     number, processes = args.share
     require(1 <= number <= processes, f"--share is {number} {processes}; write 1 4 for the first of four processes")
     family = Family(args.folder, torch.device(args.device or best_device()), scenes=args.scenes)
-    for name in ("latents", *(f"hints_{kind}" for kind in CONTROLNETS)):
+    for name in DATA:
         family.prepare(name, (number - 1, processes))
 
 

@@ -4,7 +4,7 @@ A part that the folder has no run of is the package's, so that each can be train
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -28,10 +28,25 @@ from minisd3.weights import load_mmdit, load_vae, save_released
 
 CONTROLNETS = ("canny", "blur", "depth")
 STEPS = {
-    "vae": 1750, "clip_l": 245, "clip_g": 220, "t5": 400, "mmdit": 2500, **{f"controlnet_{kind}": 500 for kind in CONTROLNETS}, "detector": 500,
+    "vae": 1750, "vae_4": 1750, "vae_8": 1750, "clip_l": 245, "clip_g": 220, "t5": 400, "mmdit": 2500,
+    **{f"controlnet_{kind}": 500 for kind in CONTROLNETS}, "detector": 500,
 }  # in the order of training  # fmt: skip
 PRESET = PRESETS["tiny"]
 SHIPPED = MODELS / "tiny"
+SIDES = (
+    (96, 96),
+    (96, 144),
+    (144, 96),
+    (96, 192),
+    (192, 96),
+    (128, 160),
+    (160, 128),
+    (128, 192),
+    (192, 128),
+    (160, 160),
+    (192, 192),
+)
+DATA = ("latents", *(f"latents_{height}x{width}" for height, width in SIDES), *(f"hints_{kind}" for kind in CONTROLNETS))
 
 
 @dataclass(frozen=True)
@@ -50,8 +65,8 @@ class Family:
             kind, _, variant = part.partition("_")
             return partial(getattr(self, f"_{kind}_trainer")(*filter(None, [variant])), self.folder / part, seed=self.seed)
 
-    def _vae_trainer(self) -> Callable[..., Iterator[Progress]]:
-        return partial(recipes.train_vae, VAE(PRESET.vae).to(self.device))
+    def _vae_trainer(self, channels: str = "16") -> Callable[..., Iterator[Progress]]:
+        return partial(recipes.train_vae, VAE(replace(PRESET.vae, latent_channels=int(channels))).to(self.device))
 
     def _clip_trainer(self, which: Literal["l", "g"]) -> Callable[..., Iterator[Progress]]:
         name: Literal["clip_l", "clip_g"] = "clip_l" if which == "l" else "clip_g"
@@ -68,7 +83,8 @@ class Family:
         )
 
     def _mmdit_trainer(self) -> Callable[..., Iterator[Progress]]:
-        return partial(recipes.train_mmdit, MMDiT(PRESET.mmdit).to(self.device), self.text(), self.data("latents"))
+        data = [self.data(name) for name in DATA if name.startswith("latents")]
+        return partial(recipes.train_mmdit, MMDiT(PRESET.mmdit).to(self.device), self.text(), data)
 
     def _controlnet_trainer(self, kind: str) -> Callable[..., Iterator[Progress]]:
         net = ControlNet.from_base(self.mmdit(), controlnet_config(), kind)
@@ -81,14 +97,15 @@ class Family:
         return train
 
     def prepare(self, name: str, share: tuple[int, int] = (0, 1)) -> None:
-        """Make data of this name, "latents" or "hints_canny" and so on, or one process's share of it; what is there is kept."""
-        kind = name.removeprefix("hints_")
-        n = self.scenes if name == "latents" else min(self.scenes, 4000)
-        make = (
-            partial(recipes.scene_latents, self.vae(), self.text())
-            if name == "latents"
-            else partial(recipes.hint_latents, self.vae(), kind)
-        )
+        """Make one of DATA, or one process's share of it; what is there is kept. A fifth of all scenes is drawn at other sizes."""
+        what, _, which = name.partition("_")
+        make: Callable[[list[int]], dict[str, Tensor]]
+        if what == "hints":
+            n, make = min(self.scenes, 4000), partial(recipes.hint_latents, self.vae(), which)
+        else:
+            height, width = map(int, which.split("x")) if which else PRESET.size
+            n = -(-self.scenes // 4 // len(SIDES)) if which else self.scenes
+            make = partial(recipes.scene_latents, self.vae(), self.text(), (height, width))
         for _ in tqdm(recipes.prepare(self.folder / name, range(n), make, share=share), desc=name, unit="file"):
             pass
 
@@ -129,6 +146,10 @@ class Family:
             if (self.folder / f"controlnet_{kind}").is_dir():
                 net = self._with(ControlNet.from_base(self.mmdit(), controlnet_config(), kind), f"controlnet_{kind}", "net.")
                 save_released(model / f"controlnet_{kind}.safetensors", net, dtype=torch.float16)
+        for channels in (4, 8):
+            if (self.folder / f"vae_{channels}").is_dir():
+                vae = self._with(VAE(replace(PRESET.vae, latent_channels=channels)), f"vae_{channels}")
+                save_released(model / f"vae_{channels}.safetensors", vae, dtype=torch.float16)
         for tower in ("l", "g"):
             if (self.folder / f"clip_{tower}").is_dir():
                 image = self._with(ImageTower(getattr(PRESET.text, f"clip_{tower}").width), f"clip_{tower}", "image.")

@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice, pairwise
@@ -107,13 +107,14 @@ def prepared(folder: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def scene_latents(vae: VAE, text: TextEncoders, seeds: list[int]) -> dict[str, Tensor]:
-    """What the transformer learns from: normalised "latents" (n C h w) in fp16, "layouts" (n L 20), "captions" (n 12 60), "things" (n)."""
+def scene_latents(vae: VAE, text: TextEncoders, size: tuple[int, int], seeds: list[int]) -> dict[str, Tensor]:
+    """What the transformer learns from, drawn at this height and width: normalised "latents" (n C h w) in fp16, "layouts" (n L 20),
+    "captions" (n 12 60), and how many "things" there are (n)."""
     drawn = [scenes.scene(seed) for seed in seeds]
-    image = pictures_of(drawn).to(device_of(vae))
+    image = pictures_of(drawn, size).to(device_of(vae))
     return {
         "latents": vae.normalize(vae.encode(image)[0]).half().cpu(),
-        "layouts": torch.stack([layout(scene) for scene in drawn]),
+        "layouts": torch.stack([layout(scene, size) for scene in drawn]),
         "captions": torch.stack([caption_ids(text, scene) for scene in drawn]),
         "things": torch.tensor([len(scene.things) for scene in drawn]),
     }
@@ -128,9 +129,9 @@ def hint_latents(vae: VAE, kind: str, seeds: list[int]) -> dict[str, Tensor]:
     return {"hints": vae.normalize(vae.encode(hints)[0]).half().cpu()}
 
 
-def layout(scene: Scene, patch: int = 16) -> Tensor:
-    """How much of each patch shows each kind of object, then each colour, the last of either being none: uint8 (L 11+9), 255 is all."""
-    cover = F.avg_pool2d(scene.masks().float()[None], patch)[0].flatten(1)  # (n L)
+def layout(scene: Scene, size: tuple[int, int] = (128, 128)) -> Tensor:
+    """How much of each 16 x 16 pixels shows each kind of object, then each colour, the last of both being none: uint8 (L 11+9), 255 is all."""
+    cover = F.avg_pool2d(scene.masks(*size).float()[None], 16)[0].flatten(1)  # (n L)
     shares = []
     kinds, colours = [thing.kind for thing in scene.things], [thing.colour for thing in scene.things]
     for names, own in (list(scenes.KINDS), kinds), (list(scenes.COLOURS), colours):
@@ -223,21 +224,24 @@ class Captioned:
 
 
 def train_mmdit(
-    mmdit: MMDiT, text: TextEncoders, data: dict[str, Tensor], run: Path, *, steps: int, batch: int = 64, lr: float = 4e-3,
+    mmdit: MMDiT, text: TextEncoders, data: Sequence[dict[str, Tensor]], run: Path, *, steps: int, batch: int = 64, lr: float = 4e-3,
     seed: int = 0,
 ) -> Iterator[Progress]:  # fmt: skip
-    """Train on what `scene_latents` prepared. The run's weights are those of `Aligned`, so the transformer's begin with "mmdit."."""
-    captioned = Captioned(text, data)
+    """Train on what `scene_latents` prepared at one size or several; each step takes one, as often as it has scenes.
+
+    The run's weights are those of `Aligned`, so the transformer's names begin with "mmdit.".
+    """
+    captioned = [Captioned(text, one) for one in data]
+    shares = torch.tensor([float(len(one["latents"])) for one in data])
 
     def loss(module: nn.Module, step: int, generator: Generator) -> Tensor:
-        index, cond = captioned.draw(batch, generator)
-        x0 = data["latents"][index].to(text.device).float()
-        t, noise = (
-            part.to(x0) for part in (flow.logit_normal(batch, generator=generator), torch.randn(x0.shape, generator=generator))
-        )
+        which = int(torch.multinomial(shares, 1, generator=generator))
+        index, cond = captioned[which].draw(batch, generator)
+        x0 = data[which]["latents"][index].to(text.device).float()
+        t, noise = flow.logit_normal(batch, generator=generator).to(x0), torch.randn(x0.shape, generator=generator).to(x0)
         with autocast(x0.device):
             v, logits = module(flow.interpolate(x0, noise, t), t, *cond)
-        aligned = layout_loss(logits.float(), data["layouts"][index].to(x0))
+        aligned = layout_loss(logits.float(), data[which]["layouts"][index].to(x0))
         return F.mse_loss(v.float(), flow.velocity(x0, noise)) + 0.15 * aligned
 
     return fit(Aligned(mmdit), loss, run, steps=steps, lr=lr, seed=seed)
@@ -450,7 +454,7 @@ def _random(generator: Generator) -> Random:
     return Random(int(torch.randint(2**62, (), generator=generator)))
 
 
-def pictures_of(drawn: list[Scene]) -> Tensor:
-    """Scenes drawn: (B 3 128 128) in [-1, 1]"""
-    pixels = np.stack([np.asarray(scene.render()) for scene in drawn])  # (B H W 3)
+def pictures_of(drawn: list[Scene], size: tuple[int, int] = (128, 128)) -> Tensor:
+    """Scenes drawn at this height and width: (B 3 H W) in [-1, 1]"""
+    pixels = np.stack([np.asarray(scene.render(*size)) for scene in drawn])  # (B H W 3)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous() / 127.5 - 1

@@ -245,7 +245,9 @@ def test_training_all_parts_makes_a_model_that_draws(packaged: Path, capsys: pyt
 def test_data_is_prepared_in_shares(packaged: Path) -> None:
     words = ["prepare", "--folder", str(packaged / "run"), "--scenes", "1003"]
     assert main([*words, "--share", "2", "2"]) == 0
-    assert [path.name for path in (packaged / "run" / "latents").iterdir()] == ["000001000.safetensors"]
+    made = sorted(path.relative_to(packaged / "run") for path in (packaged / "run").rglob("*.safetensors"))
+    assert made == [Path("hints_blur/000001000.safetensors"), Path("hints_canny/000001000.safetensors"), Path("hints_depth/000001000.safetensors"),
+                    Path("latents/000001000.safetensors")]  # fmt: skip
     assert main([*words, "--share", "3", "2"]) == 2
 
 

@@ -58,7 +58,7 @@ def test_crops_are_parts_of_the_picture() -> None:
 
 def test_data_is_prepared_once_and_read_back(tmp_path: Path, vae: VAE, text: TextEncoders) -> None:
     def make(seeds: list[int]) -> dict[str, torch.Tensor]:
-        return scene_latents(vae, text, seeds)
+        return scene_latents(vae, text, (128, 128), seeds)
 
     paths = list(prepare(tmp_path, range(5), make, shard=2))
     written = [path.stat().st_mtime_ns for path in paths]
@@ -76,7 +76,7 @@ def test_data_is_prepared_once_and_read_back(tmp_path: Path, vae: VAE, text: Tex
 @pytest.mark.parametrize("kind", ["canny", "blur", "depth"])
 def test_hints_are_latents_of_what_the_kind_shows(vae: VAE, text: TextEncoders, kind: str) -> None:
     hints = hint_latents(vae, kind, [3, 4])["hints"]
-    picture = scene_latents(vae, text, [3, 4])["latents"]
+    picture = scene_latents(vae, text, (128, 128), [3, 4])["latents"]
     assert hints.shape == picture.shape
     assert not torch.equal(hints, picture)
     torch.testing.assert_close(hints, torch.cat([hint_latents(vae, kind, [seed])["hints"] for seed in (3, 4)]), rtol=0, atol=5e-3)
@@ -157,7 +157,7 @@ def test_a_controlnet_learns_and_its_base_does_not(tmp_path: Path, vae: VAE, tex
         nn.init.normal_(p, std=0.05)
     before = {name: p.clone() for name, p in mmdit.state_dict().items()}
     net = ControlNet.from_base(mmdit, ControlNetConfig(depth=1, num_heads=2, head_dim=8, pooled_dim=224), "canny")
-    data, hints = scene_latents(vae, text, [1, 2, 3]), hint_latents(vae, "canny", [3, 2])
+    data, hints = scene_latents(vae, text, (128, 128), [1, 2, 3]), hint_latents(vae, "canny", [3, 2])
     run = train_controlnet(
         net,
         mmdit,
@@ -171,7 +171,7 @@ def test_a_controlnet_learns_and_its_base_does_not(tmp_path: Path, vae: VAE, tex
     assert len(list(run)) == 3
     assert all(torch.equal(p, before[name]) for name, p in mmdit.state_dict().items())
     weights = averaged(tmp_path)
-    assert weights.keys() == {f"net.{name}" for name in net.state_dict()}
+    assert weights.keys() == {f"net.{name}" for name, _ in net.named_parameters()}
     assert weights["net.pos_embed_input.proj.weight"].abs().max() > 0
 
 
@@ -187,7 +187,10 @@ def test_a_new_controlnet_steers_nothing() -> None:
 
 def test_the_transformer_overfits_two_scenes(tmp_path: Path, vae: VAE, text: TextEncoders) -> None:
     torch.manual_seed(0)
-    data = scene_latents(vae, text, [1, 2]) | {"seeds": torch.tensor([1, 2])}
-    losses = [p.loss for p in train_mmdit(MMDiT(BASE), text, data, tmp_path, steps=150, batch=8, lr=1e-2)]
+    data = scene_latents(vae, text, (128, 128), [1, 2]) | {"seeds": torch.tensor([1, 2])}
+    wide = scene_latents(vae, text, (96, 128), [3]) | {"seeds": torch.tensor([3])}
+    assert wide["latents"].shape[2:] == (12, 16)
+    assert wide["layouts"].shape == (1, 48, 20)
+    losses = [p.loss for p in train_mmdit(MMDiT(BASE), text, [data, wide], tmp_path, steps=150, batch=8, lr=1e-2)]
     assert sum(losses[-10:]) / 10 < 0.7 * losses[0]
     assert "mmdit.final_layer.linear.weight" in averaged(tmp_path)
