@@ -344,6 +344,38 @@ def joined(text: TextConfig) -> Picture:
     )
 
 
+# --- control ----------------------------------------------------------------------------------------------------------------------
+
+
+def feeds(takes: Sequence[int], *, title: str) -> Picture:
+    """Two rows of blocks, the ControlNet's under its base's: base block i takes the residual of ControlNet block takes[i]."""
+    places = {net: [i for i, taken in enumerate(takes) if taken == net] for net in range(max(takes) + 1)}
+    idle = [net for net, above in places.items() if not above]
+    require(not idle, f"ControlNet blocks {idle} feed no block of the base; takes is {list(takes)}")
+    left, unit, high = 84, 800 / len(takes), 148
+    figure = Figure(figsize=((left + 800 + 6) / 100, high / 100), dpi=100, facecolor="white")
+    figure.text(6 / (left + 806), 1 - 6 / high, title, size=TEXT + 1, weight="bold", color=INK, va="top")
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.set(xlim=(0, left + 806), ylim=(high, 0))
+    ax.axis("off")
+    small = TEXT if unit > 30 else TEXT - 2.5
+    for name, y in (("base", 48), ("ControlNet", 118)):
+        ax.text(left - 10, y, name, ha="right", va="center", size=TEXT, color=INK)
+
+    def box(text: int, x: float, wide: float, y: float, colour: str) -> None:
+        ax.add_patch(Rectangle((x + 1, y - 12), wide - 2, 24, facecolor=colour, edgecolor=INK, linewidth=0.8))
+        ax.text(x + wide / 2, y, str(text), ha="center", va="center", size=small, color=INK)
+
+    for net, above in places.items():
+        box(net, left + unit * above[0], unit * len(above), 118, "#F0E442")
+        for i in above:
+            x = left + unit * (i + 0.5)
+            box(i, x - unit / 2, unit, 48, PALE)
+            ax.add_patch(FancyArrowPatch((x, 106), (x, 58), arrowstyle="-|>", mutation_scale=8, color=COLOURS[0]))
+    said = (f"ControlNet block {net} feeds base blocks {', '.join(map(str, above))}" for net, above in places.items())
+    return _finish(figure, _say(title, *said), drawing=True)
+
+
 # --- the whole, and where we are in it --------------------------------------------------------------------------------------------
 
 _BOXES = {  # name: notebook, left, top, width, height, text

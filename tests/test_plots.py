@@ -137,3 +137,11 @@ def test_an_overlay_keeps_the_picture_and_marks_its_brightest_patch() -> None:
     expected = 0.35 * 100 + 0.65 * plots.rgb(torch.tensor([[0.0, 0.5, 1.0]]))[0]
     assert np.abs(laid[[0, 0, 7], [0, 7, 0]] - expected).max() <= 1
     assert np.array_equal(np.asarray(plots.overlay(picture, torch.ones(1, 1), top=2.0))[0, 0], laid[0, 7])
+
+
+def test_which_block_feeds_which_is_said_and_every_block_feeds_one() -> None:
+    picture = plots.feeds([0, 0, 1, 1], title="two for four")
+    assert picture.alt == "two for four: ControlNet block 0 feeds base blocks 0, 1; ControlNet block 1 feeds base blocks 2, 3"
+    assert picture.png != plots.feeds([0, 1, 1, 1], title="two for four").png
+    with pytest.raises(ValueError, match=r"blocks \[0\] feed no block"):
+        plots.feeds([1, 1], title="one")
