@@ -106,13 +106,14 @@ def context_tokens(tokens: Tokens) -> list[ContextToken]:
 def _labelled(encoder: str, rows: Sequence[Row], first: int) -> list[ContextToken]:
     """rows: of encoders whose tokens share their places; where they read different words both are named."""
     pads = [all(one) for one in zip(*(row.pads for row in rows), strict=True)]
-    texts = [" / ".join(dict.fromkeys(map(_plain, pieces))) for pieces in zip(*(row.pieces for row in rows), strict=True)]
+    texts = [" / ".join(dict.fromkeys(map(plain, pieces))) for pieces in zip(*(row.pieces for row in rows), strict=True)]
     read = [ContextToken(encoder, text, (first + i,)) for i, (text, pad) in enumerate(zip(texts, pads, strict=True)) if not pad]
     padding = tuple(first + i for i, pad in enumerate(pads) if pad)
     return [*read, ContextToken(encoder, "padding", padding)] if padding else read
 
 
-def _plain(piece: str) -> str:
+def plain(piece: str) -> str:
+    """A tokenizer's piece without the marks of its kind."""
     names = {"<|startoftext|>": "start", "<|endoftext|>": "end", "</s>": "end"}
     return names.get(piece, piece.removesuffix("</w>").removeprefix("▁"))
 
