@@ -172,7 +172,7 @@ def plan(
     return shards
 
 
-def prepare(shards: Iterable[Shard], vae: VAE, text: TextEncoders, *, batch: int = 8) -> Iterator[Path]:
+def prepare(shards: Iterable[Shard], vae: VAE, text: TextEncoders, *, batch: int = 4) -> Iterator[Path]:
     """Make the shards' files, whole or not at all: normalised latents (n C h w), context (n L D) and pooled (n P), all in fp16, and
     what an empty prompt gives: empty_context (1 L D), empty_pooled (1 P).
 

@@ -91,7 +91,7 @@ def _prepare(args: Namespace, path: Path, preset: Preset, device: torch.device) 
     sizes = [size for size in sizes if max(size) <= largest]
     made_with = f"{path.name} {args.without}"
     shards = data.plan(data.find_examples(args.data), args.folder / "prepared", sizes, made_with=made_with)
-    missing = distributed.share_list([shard for shard in shards if not shard.path.exists()])
+    missing = [shard for shard in distributed.share_list(shards) if not shard.path.exists()]
     if missing:
         beside = path.parent / "text_encoders"
         folder = args.text_encoders or (beside if beside.is_dir() else path.parent)
