@@ -19,7 +19,7 @@ examples:
   python -m minisd3 generate "a cat" --image room.png --mask corner.png     white in the mask is drawn anew
   python -m minisd3 generate --from out/a-robot.png --seed 7                the same settings, another seed
   python -m minisd3 generate "a fox" --model sd3.5_medium.safetensors       text encoders in text_encoders/ beside it
-  python -m minisd3 generate "a fox" --model stabilityai/stable-diffusion-3.5-medium
+  python -m minisd3 generate "a fox" --model stabilityai/stable-diffusion-3.5-medium --lora fox.safetensors:0.8
   python -m minisd3 generate "a fox" --model sd3.5_large.safetensors --controlnet sd3.5_large_controlnet_canny.safetensors \\
       --control photo.jpg --make-hint canny
 """
@@ -70,7 +70,7 @@ def parser(settings: Mapping[str, Any] | None = None) -> argparse.ArgumentParser
             INSPECT,
             lambda one: one.add_argument("file", help=".safetensors, or a folder of them"),
         ),
-        ("train", "train the small family", TRAIN, _add_train),
+        ("train", "train the small family, or a model on pictures of your own", TRAIN, _add_train),
         ("prepare", "make the data that training reads, by several processes at once", PREPARE, _add_prepare),
         ("evaluate", "measure a model of the small family", EVALUATE, _add_evaluate),
     ]
