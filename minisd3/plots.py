@@ -424,3 +424,45 @@ def where(lit: str) -> Picture:
     ax.text(605, 162, "again at every step, t from 1 to 0", ha="right", va="top", size=TEXT - 1, color=COLOURS[0])
     text = " ".join(_BOXES[lit][5].split())
     return _finish(figure, f"The whole of SD3, from prompt and noise to a picture; lit up: {text}", drawing=True)
+
+
+_LANE = (  # of the joint block, left to right: text, what the vector c gives it, centre, width
+    ("norm", "shift, scale", 135, 92), ("queries,\nkeys, values", "", 240, 84), ("linear map", "gate", 468, 84),
+    ("norm", "shift, scale", 606, 92), ("MLP", "gate", 708, 64),
+)  # fmt: skip
+
+
+def joint_block() -> Picture:
+    """One block of MMDiT: two streams with parts of their own, and one attention between them."""
+    figure = Figure(figsize=(8.8, 2.9), dpi=100, facecolor="white")
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.set(xlim=(0, 880), ylim=(290, 0))
+    ax.axis("off")
+    for y, name, colour, way in ((80, "text", "#dcebf7", -34), (200, "picture", "#dff0e8", 34)):
+        for begin, end in ((76, 522), (552, 770)):  # around the attention, then around the MLP
+            ax.plot((begin, begin, end), (y, y + way, y + way), color=GREY)
+            ax.add_patch(FancyArrowPatch((end, y + way), (end, y + way / 4), arrowstyle="-|>", mutation_scale=10, color=GREY))
+        ax.add_patch(FancyArrowPatch((62, y), (846, y), arrowstyle="-|>", mutation_scale=12, color=GREY, zorder=0))
+        ax.text(32, y, name, ha="center", va="center", size=TEXT, weight="bold", color=INK)
+        for text, given, x, wide in _LANE:
+            ax.add_patch(
+                FancyBboxPatch((x - wide / 2, y - 22), wide, 44, "round,pad=0,rounding_size=6", facecolor=colour, edgecolor=GREY)
+            )
+            ax.text(x, y - 8 * bool(given), text, ha="center", va="center", size=TEXT, color=INK)
+            ax.text(x, y + 10, given, ha="center", va="center", size=TEXT - 1, weight="bold", color=COLOURS[1])
+        for x in (522, 770):
+            ax.text(x, y, "+", ha="center", va="center", size=TEXT + 2, weight="bold", color=INK,
+                    bbox={"boxstyle": "circle,pad=0.15", "facecolor": "white", "edgecolor": INK})  # fmt: skip
+    ax.add_patch(FancyBboxPatch((312, 50), 90, 180, "round,pad=0,rounding_size=6", facecolor="#F0E442", edgecolor=INK))
+    ax.text(357, 140, "attention\nover both", ha="center", va="center", size=TEXT, weight="bold", color=INK)
+    ax.text(
+        440,
+        268,
+        "in each block made of the vector c, time and pooled text",
+        ha="center",
+        size=TEXT - 1,
+        weight="bold",
+        color=COLOURS[1],
+    )
+    said = "text and picture each have their own norm, queries, keys and values, map, gate and MLP; the attention is over both"
+    return _finish(figure, f"One joint block: {said}", drawing=True)

@@ -73,6 +73,7 @@ FIGURES = {
         torch.arange(6.0).view(2, 3), title="By day", rows=["a", "b"], columns=["1", "2", "3"], unit="share", numbers=True
     ),
     "bars": lambda: plots.bars({"small": {"a": 1, "b": 2}, "large": {"b": 3}}, title="Sizes", x="parameters"),
+    "joint block": lambda: plots.joint_block(),
     "joined": lambda: plots.joined(TextConfig()),
     "quadrants": lambda: plots.quadrants(torch.eye(4), ["a", "b", "c"], {"CLIP": 1, "T5": 2}, title="Map"),
 }
@@ -83,6 +84,8 @@ SAID = {
     "where": "The whole of SD3, from prompt and noise to a picture; lit up: VAE decoder",
     "heat": "By day: share; a; b",
     "bars": "Sizes: parameters; small; large; made of a, b",
+    "joint block": "One joint block: text and picture each have their own norm, queries, keys and values, map, gate and MLP; "
+    "the attention is over both",
     "joined": "The context, 154 tokens of 4096 features, and the pooled vector, to scale: "
     "CLIP-L 77 x 768; CLIP-G 77 x 1280; zeros 77 x 2048; T5 77 x 4096",
     "quadrants": "Map: CLIP; T5; picture",
