@@ -272,6 +272,23 @@ def test_checks_of_patches_and_times(number: int, answer: str, said: str) -> Non
     assert result.startswith("right") == (said == "right")
 
 
+def test_the_blocks_are_shown_as_the_released_files_hold_them() -> None:
+    tiny, *released, typed = tables("03_mmdit.ipynb")
+    files = ("sd3_medium", "sd3.5_medium", "sd3.5_large")
+    for table, file in [*zip(released, files, strict=True), (typed, "sd3.5_medium")]:
+        assert_as_released(table, file, "model.diffusion_model.")
+    assert [table[5]["times"] for table in (*released, typed)] == ["23", "13", "37", "13"]
+    assert tiny[0]["output"] == "(1 16 16 16)" and typed[0]["output"] == "(1 16 96 168)"
+
+
+def test_the_text_encoders_are_shown_as_the_released_files_hold_them() -> None:
+    _, *released, typed = ([row for row in table if row["parameters"] != "0"] for table in tables("04_text_conditioning.ipynb"))
+    for table, file in zip((*released, typed), ("clip_l", "clip_g", "t5xxl", "t5xxl"), strict=True):
+        assert_as_released(table[1:], file, "")
+    assert [table[0]["parameters"] for table in released] == ["123,650,304", "694,659,840", "4,762,310,656"]
+    assert typed[0]["output"] == "(1 256 4096)"
+
+
 ATTEND = "def attend(q, k, v):\n    return {}"
 BRANCH = "def branch(x, f, shift, scale, gate):\n    return {}"
 MMDIT = [
