@@ -154,7 +154,8 @@ def lines(
         xs, ys = (np.asarray(values, float) for values in curve)
         ax.plot(xs, ys, dash, color=colour, marker="o" if dots else "", markersize=4, linewidth=1.8)
         ends.append(((ys[-1], ys.mean()), xs[-1], name, colour))
-    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    whole = all(float(value).is_integer() for xs, _ in curves.values() for value in xs)  # steps, of which there are no halves
+    ax.xaxis.set_major_locator(MaxNLocator(8, integer=whole))
     if log:
         ax.set(xscale="log", yscale="log")
         for axis in (ax.xaxis, ax.yaxis):

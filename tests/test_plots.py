@@ -148,3 +148,12 @@ def test_which_block_feeds_which_is_said_and_every_block_feeds_one() -> None:
     assert picture.png != plots.feeds([0, 1, 1, 1], title="two for four").png
     with pytest.raises(ValueError, match=r"blocks \[0\] feed no block"):
         plots.feeds([1, 1], title="one")
+
+
+def test_curves_over_fractions_have_lines_between_whole_numbers() -> None:
+    def upright(xs: list[float]) -> int:
+        """Columns of pixels that a line of the grid goes through."""
+        picture = pixels(plots.lines({"up": (xs, [0.0, 1.0])}, title="one", x="time", y="height", dots=False))
+        return int(((abs(picture.astype(int) - 0xDD) < 8).all(-1).sum(0) > len(picture) / 2).sum())
+
+    assert 0 < upright([0.0, 1.0]) < upright([0.0, 0.9])
