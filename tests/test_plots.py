@@ -60,6 +60,10 @@ def test_long_heads_are_wrapped_and_leave_the_pictures_alone() -> None:
     assert holds(picture, plots.rgb(SQUARE).repeat(4, 0).repeat(4, 1))
 
 
+def test_a_title_that_is_wider_than_its_pictures_is_not_cut() -> None:
+    assert (pixels(plots.grid([[SQUARE]], title="What half noise leaves of a latent with these spreads"))[:, -4:] == 255).all()
+
+
 FIGURES = {
     "grid": lambda: plots.grid([[SQUARE]], title="A square", columns=["of\nnoise"]),
     "lines": lambda: plots.lines(
