@@ -127,9 +127,10 @@ def moved(slider: Locator) -> str:
 
 
 def typed(line: Locator) -> str:
-    line.fill(WORDS)
-    line.press("Enter")
-    return repr(WORDS)
+    """Write into a line of text; what it then says."""
+    line.locator("input").fill(WORDS)
+    line.locator("input").press("Enter")
+    return f"{line.locator('.widget-label').inner_text()} {WORDS!r}"
 
 
 def follows(explorer: Locator, control: Locator, use: Callable[[Locator], str]) -> None:
@@ -146,7 +147,7 @@ def explore(explorer: Locator) -> None:
     first = explorer.locator(".widget-label", has_text="shown:").inner_text()
     for slider in explorer.locator(".widget-hslider").all():
         follows(explorer, slider, moved)
-    for line in explorer.locator(".widget-text input").all():
+    for line in explorer.locator(".widget-text").all():
         follows(explorer, line, typed)
     explorer.get_by_role("button", name="Reset").click()
     expect(explorer.locator(".widget-label", has_text="shown:")).to_have_text(first, timeout=PATIENCE)
