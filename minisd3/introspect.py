@@ -298,7 +298,7 @@ class Table(Generic[TableRow]):
         return "\n".join(line.format(*values).rstrip() for values in cells)
 
     def _repr_markdown_(self) -> str:
-        header, *lines = ("| " + " | ".join(values) + " |" for values in self._cells())
+        header, *lines = ("| " + " | ".join(values).replace("*", r"\*") + " |" for values in self._cells())
         rule = "|" + "|".join("---:" if right else "---" for right in self._right()) + "|"
         return "\n".join([header, rule, *lines])
 

@@ -308,6 +308,7 @@ def test_tables_print(model: MMDiT) -> None:
         "*           4       9,019  100.0%",
         "sum         4       9,019  100.0%",
     ]
+    assert table._repr_markdown_().splitlines()[2] == r"| \* | 4 | 9,019 | 100.0% |", "a star must not begin italics"
     assert table._repr_markdown_().splitlines()[:2] == ["| name | tensors | parameters | share |", "|---|---:|---:|---:|"]
     lines = str(shape_table(model, *inputs(), depth=3)).splitlines()
     assert any("9 x (1 1 24)" in line for line in lines) and any("(1 5 24) (1 12 24) (1 24)" in line for line in lines)
