@@ -159,7 +159,8 @@ def lines(
     if log:
         ax.set(xscale="log", yscale="log")
         for axis in (ax.xaxis, ax.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            low, high = axis.get_view_interval()
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 4 * low else MaxNLocator(6))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_locator(NullLocator())
     placed = -np.inf
@@ -168,7 +169,7 @@ def lines(
         placed = max(at, placed + 15)  # names that would overlap are pushed up
         offset = (placed - at) * 72 / 100
         ax.annotate(name, (end_x, end_y), (8, offset), textcoords="offset points", color=colour, size=TEXT, va="center",
-                    annotation_clip=False)  # fmt: skip
+                    annotation_clip=False, bbox={"pad": 0.5, "facecolor": "white", "edgecolor": "none"})  # fmt: skip
     return _finish(figure, _say(title, f"{y} against {x}", *curves), drawing=True)
 
 

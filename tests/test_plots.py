@@ -161,3 +161,12 @@ def test_curves_over_fractions_have_lines_between_whole_numbers() -> None:
         return int(((abs(picture.astype(int) - 0xDD) < 8).all(-1).sum(0) > len(picture) / 2).sum())
 
     assert 0 < upright([0.0, 1.0]) < upright([0.0, 0.9])
+
+
+def test_logarithmic_axes_are_marked_even_where_values_are_close() -> None:
+    def level(ys: list[float]) -> int:
+        """Rows of pixels that a line of the grid goes through."""
+        picture = pixels(plots.lines({"down": ([1.0, 100.0], ys)}, title="one", x="work", y="loss", log=True, dots=False))
+        return int(((abs(picture.astype(int) - 0xDD) < 8).all(-1).sum(1) > picture.shape[1] / 3).sum())
+
+    assert level([1.9, 0.9]) >= 4
