@@ -373,6 +373,48 @@ def test_checks_of_text(number: int, answer: str, said: str) -> None:
     assert result.startswith("right") == (said == "right")
 
 
+UPDATE = "def update(average, weights, decay):\n    return {{n: {} for n, w in weights.items()}}"
+TIMES = "def draw_times(n, mean, spread, generator):\n    normal = torch.randn(n, generator=generator)\n    return {}"
+COUNTS = "at_once, in_a_step = {}"
+TRAINING = [
+    (1, UPDATE.format("decay * average[n] + (1 - decay) * w"), "right"),
+    (1, UPDATE.format("average[n].lerp_(w, 1 - decay)"), "right"),
+    (1, UPDATE.format("(1 - decay) * average[n] + decay * w"), "changed places"),
+    (1, UPDATE.format("(1 - decay) * w"), "the old average is missing"),
+    (1, UPDATE.format("w"), "the weights themselves"),
+    (1, UPDATE.format("(average[n] + w) / 2"), "half of each"),
+    (1, UPDATE.format("average[n]"), "and yours to 4.0"),
+    (1, "def update(average, weights, decay):\n    ...", "not written yet"),
+    (2, TIMES.format("torch.sigmoid(mean + spread * normal)"), "right"),
+    (2, TIMES.format("mean + spread * normal"), "some of your times are no times"),
+    (2, TIMES.format("mean + spread * torch.sigmoid(normal)"), "belong inside the sigmoid"),
+    (2, TIMES.format("torch.sigmoid(normal)"), "are not used"),
+    (2, TIMES.format("torch.sigmoid(spread * normal)"), "yours is not moved"),
+    (2, TIMES.format("torch.sigmoid(spread * (mean + normal))"), "not the mean as well"),
+    (2, TIMES.format("torch.sigmoid(mean + normal)"), "the spread is missing"),
+    (2, TIMES.format("torch.sigmoid(mean + spread * normal[:3])"), "yours have the shape (3,)"),
+    (2, TIMES.format("torch.rand(n, generator=generator)"), "the values are others"),
+    (2, TIMES.format("None"), "not written yet"),
+    (3, COUNTS.format("8, 256"), "right"),
+    (3, COUNTS.format("64, 256"), "64 is all processes together"),
+    (3, COUNTS.format("2, 256"), "one after the other"),
+    (3, COUNTS.format("16, 256"), "does not make a batch smaller"),
+    (3, COUNTS.format("1, 256"), "shared by 8 processes"),
+    (3, COUNTS.format("8, 64"), "one batch of the four"),
+    (3, COUNTS.format("8, 32"), "what one process sees"),
+    (3, COUNTS.format("8, 2048"), "not multiplied by the processes"),
+    (3, COUNTS.format("8, 1"), "4 batches of 64"),
+    (3, COUNTS.format("None, None"), "not answered yet"),
+]
+
+
+@pytest.mark.parametrize(("number", "answer", "said"), TRAINING)
+def test_checks_of_training(number: int, answer: str, said: str) -> None:
+    result = check("07_training.ipynb", number, answer)
+    assert said in result
+    assert result.startswith("right") == (said == "right")
+
+
 # --- the runner -------------------------------------------------------------------------------------------------------------------
 
 PAGE = """
