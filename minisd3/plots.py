@@ -169,7 +169,7 @@ def lines(
         placed = max(at, placed + 15)  # names that would overlap are pushed up
         offset = (placed - at) * 72 / 100
         ax.annotate(name, (end_x, end_y), (8, offset), textcoords="offset points", color=colour, size=TEXT, va="center",
-                    annotation_clip=False, bbox={"pad": 0.5, "facecolor": "white", "edgecolor": "none"})  # fmt: skip
+                    annotation_clip=False)  # fmt: skip
     return _finish(figure, _say(title, f"{y} against {x}", *curves), drawing=True)
 
 
