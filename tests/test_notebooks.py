@@ -415,6 +415,58 @@ def test_checks_of_training(number: int, answer: str, said: str) -> None:
     assert result.startswith("right") == (said == "right")
 
 
+FEEDS = "def feeds(i, blocks, residuals):\n    return {}"
+F1 = """
+def near(edges, within=8):
+    return F.max_pool2d(edges[None].float(), 2 * within + 1, 1, within)[0] > 0
+
+def f1(drawn, wanted):
+    p, r = (drawn & {0}(wanted)).sum() / drawn.sum(), (wanted & {0}(drawn)).sum() / wanted.sum()
+    return {1}
+"""
+CONTROL = [
+    (1, FEEDS.format("i * residuals // blocks"), "right"),
+    (1, FEEDS.format("i // (blocks // residuals)"), "right"),
+    (1, FEEDS.format("i % residuals"), "take turns"),
+    (1, FEEDS.format("0"), "same one everywhere"),
+    (1, FEEDS.format("residuals - 1 - i * residuals // blocks"), "turned round"),
+    (1, FEEDS.format("i * residuals // blocks + 1"), "count residuals from 1"),
+    (1, FEEDS.format("i * residuals / blocks"), "round down"),
+    (1, FEEDS.format("i // 2"), "not for 24 blocks"),
+    (1, FEEDS.format("i"), "yours [0, 1, 2"),
+    (1, FEEDS.format("None"), "not written yet"),
+    (2, F1.format("near", "2 * p * r / (p + r)"), "right"),
+    (2, F1.format("near", "2 / (1 / p + 1 / r)"), "right"),
+    (2, F1.format("near", "p"), "precision alone"),
+    (2, F1.format("near", "r"), "recall alone"),
+    (2, F1.format("near", "(p + r) / 2"), "plain mean"),
+    (2, F1.format("near", "p * r / (p + r)"), "factor 2"),
+    (2, F1.format("", "2 * p * r / (p + r)"), "not only on it"),
+    (2, F1.format("near", "p * r"), "18 of 40"),
+    (2, F1.format("near", "None"), "not written yet"),
+    (3, "answer = 114", "right"),
+    (3, "answer = 57", "one pass"),
+    (3, "answer = 76", "base alone"),
+    (3, "answer = 95", "runs for both passes"),
+    (3, "answer = 152", "two ControlNets"),
+    (3, "answer = 38", "runs both networks twice"),
+    (3, "answer = None", "not answered yet"),
+]
+
+
+@pytest.mark.parametrize(("number", "answer", "said"), CONTROL)
+def test_checks_of_controlnet(number: int, answer: str, said: str) -> None:
+    result = check("06_controlnet.ipynb", number, answer)
+    assert said in result
+    assert result.startswith("right") == (said == "right")
+
+
+def test_the_released_controlnet_is_shown_as_its_file_holds_it() -> None:
+    _, (whole, *parts), _ = tables("06_controlnet.ipynb")
+    assert whole["output"] == "19 x (1 4096 2432)"
+    assert_as_released(parts, "sd3.5_large_controlnet", "")
+
+
 # --- the runner -------------------------------------------------------------------------------------------------------------------
 
 PAGE = """
