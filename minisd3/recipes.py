@@ -268,7 +268,7 @@ def train_controlnet(
 ) -> Iterator[Progress]:  # fmt: skip
     """Train a ControlNet, best one made by ControlNet.from_base, on what `scene_latents` and `hint_latents` prepared of the same scenes.
 
-    Half of the captions are empty, so that the hint is read and not only the prompt (Zhang et al. 2023, section 3.2).
+    Half of the captions are empty, so that the hint is read and not only the prompt (Zhang et al. 2023, section 3.3).
     """
     place = {seed: i for i, seed in enumerate(data["seeds"].tolist())}
     data = {name: each[[place[seed] for seed in hints["seeds"].tolist()]] for name, each in data.items()}
