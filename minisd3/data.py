@@ -249,13 +249,12 @@ def train_on(
     batch: int,
     lr: float,
     shift: float,
-    seed: int = 0,
-    save_every: int = 500,
-    accumulate: int = 1,
+    **options: Any,
 ) -> Iterator[Progress]:
     """Train a transformer, whole or its LoRA, with AdamW. shift: of times, as the model's preset has it for its size (section 5.3.2).
 
-    batch: of all processes together, in each of the `accumulate` parts of a step.
+    batch: of all processes together, in each of the `accumulate` parts of a step
+    options: further ones of training.fit
     """
     times, device = flow.shifted(flow.logit_normal, shift), next(module.parameters()).device
 
@@ -263,4 +262,4 @@ def train_on(
         x0, cond = data.draw(batch, generator)
         return flow_loss(module, x0.to(device), Conditioning(*(part.to(device) for part in cond)), generator, times=times)
 
-    return fit(module, loss, run, steps=steps, lr=lr, seed=seed, save_every=save_every, accumulate=accumulate, optimizer=OnlyAdamW)
+    return fit(module, loss, run, steps=steps, lr=lr, optimizer=OnlyAdamW, **options)

@@ -9,13 +9,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 
-from minisd3.scenes import BACKGROUNDS, COLOURS, HELD_OUT, KINDS, Scene, scene
+from minisd3.scenes import BACKGROUNDS, COLOURS, HELD_OUT, KINDS, Scene, rendered, scene
 
 STRIDE = 8  # pixels a cell of the detector's maps
 SIDE = 128  # pixels of the pictures that it was trained on
@@ -116,8 +115,7 @@ def detector() -> Detector:
 def detector_loss(net: nn.Module, step: int, generator: Generator, *, batch: int = 32) -> Tensor:
     """A loss for training.fit: read freshly rendered scenes, some spoiled the way a generator's pictures are."""
     drawn = [scene(DETECTOR_SEEDS + seed) for seed in torch.randint(HELD_OUT, (batch,), generator=generator).tolist()]
-    pixels = torch.from_numpy(np.stack([np.asarray(one.render()) for one in drawn])).permute(0, 3, 1, 2)  # (B 3 H W)
-    maps: Maps = net(_spoiled(pixels / 127.5 - 1, generator))
+    maps: Maps = net(_spoiled(rendered(drawn), generator))
     truth = _truth(drawn, *maps.presence.shape[1:])
     heat = truth.presence
     ignored = (heat > 0) & (heat < 1)  # beside a centre either answer will do

@@ -14,7 +14,6 @@ from pydoc_data.topics import topics
 from random import Random
 from typing import Literal
 
-import numpy as np
 import sentencepiece
 import tokenizers
 import torch
@@ -111,7 +110,7 @@ def scene_latents(vae: VAE, text: TextEncoders, size: tuple[int, int], seeds: li
     """What the transformer learns from, drawn at this height and width: normalised "latents" (n C h w) in fp16, "layouts" (n L 20),
     "captions" (n 12 60), and how many "things" there are (n)."""
     drawn = [scenes.scene(seed) for seed in seeds]
-    image = pictures_of(drawn, size).to(device_of(vae))
+    image = scenes.rendered(drawn, *size).to(device_of(vae))
     return {
         "latents": vae.normalize(vae.encode(image)[0]).half().cpu(),
         "layouts": torch.stack([layout(scene, size) for scene in drawn]),
@@ -124,7 +123,7 @@ def scene_latents(vae: VAE, text: TextEncoders, size: tuple[int, int], seeds: li
 def hint_latents(vae: VAE, kind: str, seeds: list[int]) -> dict[str, Tensor]:
     """What a ControlNet of this kind reads: "hints" (n C h w) in fp16."""
     drawn = [scenes.scene(seed) for seed in seeds]
-    hints = depth(torch.stack([scene.depth() for scene in drawn])) if kind == "depth" else HINTS[kind](pictures_of(drawn))
+    hints = depth(torch.stack([scene.depth() for scene in drawn])) if kind == "depth" else HINTS[kind](scenes.rendered(drawn))
     hints = hints.to(device_of(vae))
     return {"hints": vae.normalize(vae.encode(hints)[0]).half().cpu()}
 
@@ -244,7 +243,7 @@ def train_mmdit(
         aligned = layout_loss(logits.float(), data[which]["layouts"][index].to(x0))
         return F.mse_loss(v.float(), flow.velocity(x0, noise)) + 0.15 * aligned
 
-    return fit(Aligned(mmdit), loss, run, steps=steps, lr=lr, seed=seed)
+    return fit(Aligned(mmdit), loss, run, steps=steps, lr=lr, seed=seed, cooldown=0.6)
 
 
 # --- ControlNets -----------------------------------------------------------------------------------------------------------------
@@ -381,7 +380,7 @@ def train_clip(
         drawn += [rival(scene, rng) for scene in drawn]
         read = [encoders.tokenize(scene.caption(rng.randrange(scenes.PHRASINGS))) for scene in drawn]
         ids = torch.tensor([getattr(tokens, name).ids for tokens in read])
-        image, ids = pictures_of(drawn).to(device_of(module)), ids.to(device_of(module))
+        image, ids = scenes.rendered(drawn).to(device_of(module)), ids.to(device_of(module))
         return contrastive_loss(module(image, ids), [scene.caption() for scene in drawn])
 
     tower, config = getattr(encoders, name), getattr(encoders.config, name)
@@ -452,9 +451,3 @@ def train_t5(
 def _random(generator: Generator) -> Random:
     """Python's randomness, from a generator of torch's."""
     return Random(int(torch.randint(2**62, (), generator=generator)))
-
-
-def pictures_of(drawn: list[Scene], size: tuple[int, int] = (128, 128)) -> Tensor:
-    """Scenes drawn at this height and width: (B 3 H W) in [-1, 1]"""
-    pixels = np.stack([np.asarray(scene.render(*size)) for scene in drawn])  # (B H W 3)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous() / 127.5 - 1

@@ -396,7 +396,12 @@ def _side_by_side(sizes: list[float], rng: Random) -> list[tuple[float, float]]:
 
 def pictures(seeds: Iterable[int], height: int = 128, width: int = 128) -> Tensor:
     """The scenes of these seeds, as float32 (B 3 H W) in [-1, 1]."""
-    pixels = np.stack([np.asarray(scene(seed).render(height, width)) for seed in seeds])  # (B H W 3)
+    return rendered([scene(seed) for seed in seeds], height, width)
+
+
+def rendered(drawn: Iterable[Scene], height: int = 128, width: int = 128) -> Tensor:
+    """These scenes, as float32 (B 3 H W) in [-1, 1]."""
+    pixels = np.stack([np.asarray(one.render(height, width)) for one in drawn])  # (B H W 3)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
 
 

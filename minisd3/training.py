@@ -132,6 +132,7 @@ def fit(
     ema: float = 0.99,
     save_every: int = 500,
     accumulate: int = 1,
+    cooldown: float = 0.2,
     optimizer: Callable[[nn.Module, float], Optimizer] = Optimizer,
 ) -> Iterator[Progress]:
     """Train `module` until it has made `steps` steps, yielding after each; continues run/checkpoint.safetensors if there is one.
@@ -139,6 +140,7 @@ def fit(
     module: on any device; under torchrun as distributed.replicate or distributed.shard give it. What does not require gradients is
         neither trained nor saved
     accumulate: how many calls of `loss`, each with a generator of its own, make a step; its loss is their mean
+    cooldown: over which last share of the steps the learning rate falls to 0
 
     Ctrl-C, closing the generator or reaching `steps` all save first; a kill, a full disk or any other error loses at most `save_every`
     steps. `averaged(run)` reads the moving average back. Raises FloatingPointError for a loss that is not finite.
@@ -152,7 +154,7 @@ def fit(
             while step < steps and not distributed.anywhere(bool(interrupted)):
                 value = _gradients(module, loss, step, seed, accumulate)
                 nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-                state.step(trapezoid(step, steps))
+                state.step(trapezoid(step, steps, cooldown=cooldown))
                 step += 1
                 seconds = time.monotonic() - began
                 progress = Progress(step, steps, value, seconds, (steps - step) * seconds / (step - start))

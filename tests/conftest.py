@@ -3,8 +3,13 @@
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from minisd3.text import TextEncoders
+    from minisd3.vae import VAE
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before any test
 
@@ -18,6 +23,30 @@ def chromium() -> Path:
         if path := shutil.which(name):
             return Path(path)
     pytest.skip("browser tests are left out: no Chromium here. To add it: apt-get install chromium (macOS: brew install --cask chromium)")
+
+
+@pytest.fixture(scope="module")
+def small_vae() -> "VAE":
+    """A random one of few channels, for latents of 1/8 of the side."""
+    import torch
+
+    from minisd3.config import VAEConfig
+    from minisd3.vae import VAE
+
+    torch.manual_seed(0)
+    return VAE(VAEConfig(width=8, multipliers=(1, 1, 1, 1), blocks=1, groups=4)).eval()
+
+
+@pytest.fixture(scope="module")
+def tiny_text() -> "TextEncoders":
+    """The shipped text encoders."""
+    import torch
+
+    from minisd3.config import PRESETS
+    from minisd3.text import TextEncoders
+
+    folder = Path(__file__).parents[1] / "minisd3/models/tiny/text_encoders"
+    return TextEncoders.load(folder, PRESETS["tiny"].text, dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")

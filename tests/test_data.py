@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 from torch import Generator
 
-from minisd3 import data, scenes
-from minisd3.config import PRESETS, VAEConfig
+from minisd3 import data
 from minisd3.data import Prepared, buckets, find_examples, plan, prepare
 from minisd3.text import TextEncoders
 from minisd3.vae import VAE
@@ -45,18 +44,6 @@ def pack(folder: Path, path: Path, mode: str = "w") -> Path:
 def table(folder: Path, *rows: object) -> Path:
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     return folder
-
-
-@pytest.fixture(scope="module")
-def vae() -> VAE:
-    torch.manual_seed(0)
-    return VAE(VAEConfig(width=8, multipliers=(1, 1, 1, 1), blocks=1, groups=4)).eval()
-
-
-@pytest.fixture(scope="module")
-def text() -> TextEncoders:
-    folder = Path(scenes.__file__).parent / "models/tiny/text_encoders"
-    return TextEncoders.load(folder, PRESETS["tiny"].text, dtype=torch.float32)
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------------------
@@ -170,14 +157,14 @@ def test_each_picture_goes_where_its_proportions_fit(tmp_path: Path) -> None:
 # --- preparing and drawing --------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_prepared_is_what_the_encoders_give_and_is_kept(tmp_path: Path, vae: VAE, text: TextEncoders) -> None:
+def test_what_is_prepared_is_what_the_encoders_give_and_is_kept(tmp_path: Path, small_vae: VAE, tiny_text: TextEncoders) -> None:
     folder, out = fill(tmp_path / "folder", 5), tmp_path / "out"
 
     def made() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
 
     shards = plan(find_examples([folder]), out, [(16, 32)], most=2)
-    paths = list(prepare(shards, vae, text, batch=1))
+    paths = list(prepare(shards, small_vae, tiny_text, batch=1))
     before = made()
     assert list(before) and set(before) == set(paths) == {shard.path for shard in shards} and len(paths) == 3
     names = [example.name for shard in shards for example in shard.examples]
@@ -186,9 +173,9 @@ def test_what_is_prepared_is_what_the_encoders_give_and_is_kept(tmp_path: Path, 
     for i, name in enumerate(names):
         image = picture(int(Path(name).stem)).resize((32, 16), Image.Resampling.LANCZOS, box=(0, 2, 40, 22))
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
-        expected = text.encode([CAPTIONS[int(Path(name).stem) % 3]])
+        expected = tiny_text.encode([CAPTIONS[int(Path(name).stem) % 3]])
         with torch.no_grad():
-            torch.testing.assert_close(latents[i : i + 1], vae.normalize(vae.encode(pixels)[0]), rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(latents[i : i + 1], small_vae.normalize(small_vae.encode(pixels)[0]), rtol=2e-3, atol=2e-3)
         torch.testing.assert_close(cond.context[i : i + 1], expected.context, rtol=2e-3, atol=2e-3)
         torch.testing.assert_close(cond.pooled[i : i + 1], expected.pooled, rtol=2e-3, atol=2e-3)
 
@@ -201,18 +188,18 @@ def test_what_is_prepared_is_what_the_encoders_give_and_is_kept(tmp_path: Path, 
     assert made() == before
 
 
-def test_batches_are_of_one_size_and_some_captions_are_empty(tmp_path: Path, vae: VAE, text: TextEncoders) -> None:
+def test_batches_are_of_one_size_and_some_captions_are_empty(tmp_path: Path, small_vae: VAE, tiny_text: TextEncoders) -> None:
     for i in range(6):
         picture(i, *((40, 40) if i < 4 else (80, 40))).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text(CAPTIONS[i % 3])
     shards = plan(find_examples([tmp_path]), tmp_path / "out", [(16, 16), (16, 32)])
-    prepared = Prepared(prepare(shards, vae, text))
+    prepared = Prepared(prepare(shards, small_vae, tiny_text))
     generator = Generator().manual_seed(0)
     drawn = [prepared.draw(20, generator, empty=0.25) for _ in range(60)]
     square = [latents.shape[2:] == (2, 2) for latents, _ in drawn]
     assert all(latents.shape == (20, 16, 2, 2 if small else 4) for (latents, _), small in zip(drawn, square, strict=True))
     assert np.mean(square) == pytest.approx(4 / 6, abs=0.2)
-    empty = text.encode([""])
+    empty = tiny_text.encode([""])
     without = [torch.isclose(c.pooled, empty.pooled, rtol=2e-3, atol=2e-3).all(1) for _, c in drawn]
     assert torch.cat(without).float().mean().item() == pytest.approx(0.25, abs=0.05)
     for (_, cond), dropped in zip(drawn, without, strict=True):
@@ -221,6 +208,6 @@ def test_batches_are_of_one_size_and_some_captions_are_empty(tmp_path: Path, vae
     assert torch.equal(one[0], two[0]) and torch.equal(one[1].context, two[1].context)
 
 
-def test_long_captions_are_cut_without_a_word(text: TextEncoders) -> None:
-    cond = data.encode_captions(text, ["a red house and " * 40])
+def test_long_captions_are_cut_without_a_word(tiny_text: TextEncoders) -> None:
+    cond = data.encode_captions(tiny_text, ["a red house and " * 40])
     assert cond.context.dtype == torch.float16

@@ -7,7 +7,7 @@ import torch
 from torch import Generator, nn
 
 from minisd3 import scenes
-from minisd3.config import PRESETS, ControlNetConfig, MMDiTConfig, VAEConfig
+from minisd3.config import PRESETS, ControlNetConfig, MMDiTConfig
 from minisd3.controlnet import ControlNet
 from minisd3.mmdit import MMDiT
 from minisd3.recipes import (
@@ -37,18 +37,6 @@ BASE = MMDiTConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def vae() -> VAE:
-    torch.manual_seed(0)
-    return VAE(VAEConfig(width=8, multipliers=(1, 1, 1, 1), blocks=1, groups=4)).eval()
-
-
-@pytest.fixture(scope="module")
-def text() -> TextEncoders:
-    folder = Path(scenes.__file__).parent / "models/tiny/text_encoders"
-    return TextEncoders.load(folder, PRESETS["tiny"].text, dtype=torch.float32)
-
-
 def test_crops_are_parts_of_the_picture() -> None:
     image = torch.arange(2 * 3 * 10 * 12.0).view(2, 3, 10, 12)
     crop = random_crops(image, 4, Generator().manual_seed(0))
@@ -56,9 +44,9 @@ def test_crops_are_parts_of_the_picture() -> None:
     assert any(torch.equal(crop[1], image[1, :, i : i + 4, j : j + 4]) for i in range(7) for j in range(9))
 
 
-def test_data_is_prepared_once_and_read_back(tmp_path: Path, vae: VAE, text: TextEncoders) -> None:
+def test_data_is_prepared_once_and_read_back(tmp_path: Path, small_vae: VAE, tiny_text: TextEncoders) -> None:
     def make(seeds: list[int]) -> dict[str, torch.Tensor]:
-        return scene_latents(vae, text, (128, 128), seeds)
+        return scene_latents(small_vae, tiny_text, (128, 128), seeds)
 
     paths = list(prepare(tmp_path, range(5), make, shard=2))
     written = [path.stat().st_mtime_ns for path in paths]
@@ -74,12 +62,12 @@ def test_data_is_prepared_once_and_read_back(tmp_path: Path, vae: VAE, text: Tex
 
 
 @pytest.mark.parametrize("kind", ["canny", "blur", "depth"])
-def test_hints_are_latents_of_what_the_kind_shows(vae: VAE, text: TextEncoders, kind: str) -> None:
-    hints = hint_latents(vae, kind, [3, 4])["hints"]
-    picture = scene_latents(vae, text, (128, 128), [3, 4])["latents"]
+def test_hints_are_latents_of_what_the_kind_shows(small_vae: VAE, tiny_text: TextEncoders, kind: str) -> None:
+    hints = hint_latents(small_vae, kind, [3, 4])["hints"]
+    picture = scene_latents(small_vae, tiny_text, (128, 128), [3, 4])["latents"]
     assert hints.shape == picture.shape
     assert not torch.equal(hints, picture)
-    torch.testing.assert_close(hints, torch.cat([hint_latents(vae, kind, [seed])["hints"] for seed in (3, 4)]), rtol=0, atol=5e-3)
+    torch.testing.assert_close(hints, torch.cat([hint_latents(small_vae, kind, [seed])["hints"] for seed in (3, 4)]), rtol=0, atol=5e-3)
 
 
 def test_a_layout_says_how_much_of_each_patch_shows_what() -> None:
@@ -129,39 +117,39 @@ def test_encoders_are_dropped_apart_and_at_their_rates() -> None:
     assert torch.stack(together).prod(0).mean().item() == pytest.approx(0.9 * 0.8 * 0.6, abs=0.03)  # independently
 
 
-def test_captions_are_read_as_encode_reads_them(text: TextEncoders) -> None:
+def test_captions_are_read_as_encode_reads_them(tiny_text: TextEncoders) -> None:
     scene = scenes.scene(3)
-    data = {"captions": caption_ids(text, scene)[None], "things": torch.tensor([1])}
-    captioned = Captioned(text, data)
+    data = {"captions": caption_ids(tiny_text, scene)[None], "things": torch.tensor([1])}
+    captioned = Captioned(tiny_text, data)
     generator = Generator().manual_seed(0)
     whole = [captioned.draw(1, generator, empty=0.0)[1] for _ in range(40)]
-    told = text.encode([scene.caption(manner) for manner in range(scenes.PHRASINGS)])
+    told = tiny_text.encode([scene.caption(manner) for manner in range(scenes.PHRASINGS)])
     found = [(told.context - cond.context).abs().amax((1, 2)).min() < 1e-5 for cond in whole]
     assert sum(found) > 25  # the others lost an encoder
-    nothing = text.encode([""])
+    nothing = tiny_text.encode([""])
     left_out = [captioned.draw(1, generator, empty=1.0)[1] for _ in range(10)]
     assert sum((nothing.pooled - cond.pooled).abs().max() < 1e-5 for cond in left_out) > 5
 
 
-def test_scenes_of_several_objects_are_drawn_twice_as_often(text: TextEncoders) -> None:
-    captions = caption_ids(text, scenes.scene(3)).expand(3, -1, -1)
-    index, cond = Captioned(text, {"captions": captions, "things": torch.tensor([1, 1, 3])}).draw(400, Generator().manual_seed(0))
+def test_scenes_of_several_objects_are_drawn_twice_as_often(tiny_text: TextEncoders) -> None:
+    captions = caption_ids(tiny_text, scenes.scene(3)).expand(3, -1, -1)
+    index, cond = Captioned(tiny_text, {"captions": captions, "things": torch.tensor([1, 1, 3])}).draw(400, Generator().manual_seed(0))
     assert (index == 2).float().mean().item() == pytest.approx(0.5, abs=0.08)
     assert cond.context.shape == (400, 40, 256)
 
 
-def test_a_controlnet_learns_and_its_base_does_not(tmp_path: Path, vae: VAE, text: TextEncoders) -> None:
+def test_a_controlnet_learns_and_its_base_does_not(tmp_path: Path, small_vae: VAE, tiny_text: TextEncoders) -> None:
     torch.manual_seed(0)
     mmdit = MMDiT(BASE)
     for p in mmdit.parameters():
         nn.init.normal_(p, std=0.05)
     before = {name: p.clone() for name, p in mmdit.state_dict().items()}
     net = ControlNet.from_base(mmdit, ControlNetConfig(depth=1, num_heads=2, head_dim=8, pooled_dim=224), "canny")
-    data, hints = scene_latents(vae, text, (128, 128), [1, 2, 3]), hint_latents(vae, "canny", [3, 2])
+    data, hints = scene_latents(small_vae, tiny_text, (128, 128), [1, 2, 3]), hint_latents(small_vae, "canny", [3, 2])
     run = train_controlnet(
         net,
         mmdit,
-        text,
+        tiny_text,
         data | {"seeds": torch.tensor([1, 2, 3])},
         hints | {"seeds": torch.tensor([3, 2])},
         tmp_path,
@@ -185,12 +173,12 @@ def test_a_new_controlnet_steers_nothing() -> None:
     torch.testing.assert_close(Steered(net, mmdit)(*inputs, hint=torch.randn(2, 16, 8, 8)), mmdit(*inputs), rtol=0, atol=0)
 
 
-def test_the_transformer_overfits_two_scenes(tmp_path: Path, vae: VAE, text: TextEncoders) -> None:
+def test_the_transformer_overfits_two_scenes(tmp_path: Path, small_vae: VAE, tiny_text: TextEncoders) -> None:
     torch.manual_seed(0)
-    data = scene_latents(vae, text, (128, 128), [1, 2]) | {"seeds": torch.tensor([1, 2])}
-    wide = scene_latents(vae, text, (96, 128), [3]) | {"seeds": torch.tensor([3])}
+    data = scene_latents(small_vae, tiny_text, (128, 128), [1, 2]) | {"seeds": torch.tensor([1, 2])}
+    wide = scene_latents(small_vae, tiny_text, (96, 128), [3]) | {"seeds": torch.tensor([3])}
     assert wide["latents"].shape[2:] == (12, 16)
     assert wide["layouts"].shape == (1, 48, 20)
-    losses = [p.loss for p in train_mmdit(MMDiT(BASE), text, [data, wide], tmp_path, steps=150, batch=8, lr=1e-2)]
+    losses = [p.loss for p in train_mmdit(MMDiT(BASE), tiny_text, [data, wide], tmp_path, steps=150, batch=8, lr=1e-2)]
     assert sum(losses[-10:]) / 10 < 0.7 * losses[0]
     assert "mmdit.final_layer.linear.weight" in averaged(tmp_path)

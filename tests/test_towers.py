@@ -63,7 +63,7 @@ def test_a_picture_knows_its_colours(encoders: TextEncoders, image_towers: dict[
     next_colour = dict(zip(scenes.COLOURS, turned, strict=True))
     others = [replace(s, things=(replace(s.things[0], colour=next_colour[s.things[0].colour]), s.things[1])) for s in pairs]
     true, false = (embed(encoders, name, [scene.caption() for scene in some]) for some in (pairs, others))
-    images = F.normalize(image_towers[name](recipes.pictures_of(pairs)), dim=-1)
+    images = F.normalize(image_towers[name](scenes.rendered(pairs)), dim=-1)
     assert (((true - false) * images).sum(1) > 0).float().mean() >= 0.85
 
 
