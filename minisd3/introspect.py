@@ -140,8 +140,8 @@ class AttentionRecorder(TorchFunctionMode):
     The weights are computed beside the fused attention, a few queries at a time, and reduced before they are kept.
 
     reduce: what is kept of each query; `whole`, `text_columns`, `text_share`, `entropy`, any of them under `over_heads`, or your own
-    row: which sample of the batch, or a slice of it, which leads the shape of all maps. Guidance orders a batch as prompts,
-        negative prompts, then the prompts without the skipped layers; blocks that this sample does not pass leave no map
+    row: which sample of the batch, or a slice of it, which leads the shape of all maps. Guidance orders a batch as prompts, then
+        negative prompts; of a step with skip-layer guidance the maps are those of the pass that leaves no block out
     blocks, steps: only these
     """
 

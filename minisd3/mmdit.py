@@ -370,22 +370,15 @@ class MMDiT(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The velocity of the batch, and that of its first `rows` samples without skip_layers.
 
-        Up to the first skipped block the two are the same, and computed once; from there on the copies join the batch, and only
-        the originals go through the skipped blocks. `control` is added to the originals only, so with it the copies join at once.
+        Up to the first skipped block the two are the same, and computed once; from there on the copies run by themselves. `control`
+        is added to the originals only, so with it the two part at once.
         """
         fork = min(skip_layers) if control is None else 0
+        rest = range(fork, self.config.depth)
         stream = self.run(self.embed(x, t, context, pooled), range(fork))
-        originals = len(x)
-        stream = Stream(*(torch.cat([part, part[:rows]]) for part in stream))
-        to_all = None if control is None else [F.pad(residual, (0, 0, 0, 0, 0, rows)) for residual in control]  # zeros for the copies
-        for i in range(fork, self.config.depth):
-            if i in skip_layers:
-                through = self.run(Stream(*(part[:originals] for part in stream)), [i], control=control)
-                stream = Stream(*(torch.cat([new, old[originals:]]) for new, old in zip(through, stream, strict=True)))
-            else:
-                stream = self.run(stream, [i], control=to_all)
-        v = self.final(stream, torch.cat([x, x[:rows]]))
-        return v[:originals], v[originals:]
+        copies = Stream(*(part[:rows] for part in stream))
+        v_skipped = self.final(self.run(copies, rest, skip_layers), x[:rows])
+        return self.final(self.run(stream, rest, control=control), x), v_skipped
 
     def embed(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor) -> "Stream":
         """The three things that every block works on; shapes as in `forward`."""
