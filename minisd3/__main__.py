@@ -42,8 +42,9 @@ examples:
   python -m minisd3 evaluate --captions 500 --json scores.json
   python -m minisd3 evaluate --captions 500 --without t5
   python -m minisd3 evaluate --captions 500 --steps 4 --size 96 192
-  python -m minisd3 evaluate --captions 100 --slg-table slg.json --slg-scale 1.5      which blocks are best left out?
-What each number means is said in minisd3.evaluate (CaptionAccuracy). Ctrl-C ends with those of what was drawn; --slg-table goes on later.
+  python -m minisd3 evaluate --captions 128 --cfg-table cfg.jsonl                     how far should the prompt be followed, and when?
+  python -m minisd3 evaluate --captions 100 --slg-table slg.jsonl --slg-scale 1.5     which blocks are best left out?
+What each number means is said in minisd3.evaluate (CaptionAccuracy). Ctrl-C ends with those of what was drawn; tables go on later.
 """
 INSPECT = """\
 example:
@@ -227,9 +228,9 @@ def _add_evaluate(one: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--scenes", type=int, default=64, metavar="N", help="held-out scenes for the VAE and the loss (default: 64)"
     )
-    output.add_argument(
-        "--slg-table", type=Path, metavar="FILE", help="instead: compare skip-layer guidances, kept in this .json, as a table"
-    )
+    table = output.add_mutually_exclusive_group()
+    table.add_argument("--cfg-table", type=Path, metavar="FILE", help="instead: a table of CFG scales and intervals, kept in this .jsonl")
+    table.add_argument("--slg-table", type=Path, metavar="FILE", help="instead: a table of skip-layer guidances, kept in this .jsonl")
     output.add_argument("--json", type=Path, metavar="FILE", help="where to save all numbers")
     output.add_argument("--out", type=Path, metavar="FILE", help="where to save the first 64 pictures as a grid, a .png")
     output.add_argument("-f", "--force", action="store_true", help="overwrite --out and --json")

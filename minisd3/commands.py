@@ -7,7 +7,7 @@ import re
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -29,7 +29,7 @@ from minisd3.lora import apply_lora
 from minisd3.mmdit import MMDiT
 from minisd3.pipeline import HUB, SD3, best_device, from_pil, load
 from minisd3.scenes import Scene
-from minisd3.scores import Draw
+from minisd3.scores import Draw, Drawn, Guidance
 from minisd3.weights import describe
 
 # --- generate ---------------------------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ SHOWN = 64  # pictures in the grid, at most
 
 
 def evaluate(args: Namespace) -> None:
-    """Measure a model on captions and scenes that it was not trained on; or, for the table, how skip-layer guidance changes what it draws."""
+    """Measure a model on captions and scenes that it was not trained on; or, for a table, how guidance changes what it draws."""
     if args.out:
         _free_paths(args.out, "", 1, args.force)
     taken = args.json and args.json.exists() and not args.force
@@ -274,7 +274,14 @@ def evaluate(args: Namespace) -> None:
     chosen = sd3.settings(steps=args.steps, cfg=args.cfg, slg=_slg(args, sd3.preset), sampler=args.sampler, shift=args.shift)
     settings = {**chosen._asdict(), "size": sd3.size(tuple(args.size) if args.size else None)}
     draw = partial(scores.draw, sd3, asked, prompts, args.seed)
-    (_slg_table if args.slg_table else _measure)(args, sd3, draw, prompts, settings)
+    if args.cfg_table:
+        _table(args, sd3, draw, prompts, settings, args.cfg_table, scores.cfg_choices(settings["cfg"]))
+    elif args.slg_table:
+        given = {name: getattr(args, f"slg_{name}") for name in ("layers", "scale", "start", "end")}
+        choices = scores.slg_choices(settings["cfg"], sd3.mmdit.config.depth, **given)
+        _table(args, sd3, draw, prompts, settings, args.slg_table, choices)
+    else:
+        _measure(args, sd3, draw, prompts, settings)
 
 
 def _asked(args: Namespace) -> tuple[Sequence[Scene], list[str]]:
@@ -320,31 +327,31 @@ def _measure(args: Namespace, sd3: SD3, draw: Draw, prompts: list[str], settings
         raise KeyboardInterrupt(f"stopped after {len(judged)} of {len(prompts)} captions")
 
 
-def _slg_table(args: Namespace, sd3: SD3, draw: Draw, prompts: list[str], settings: dict[str, Any]) -> None:
-    """Draw all captions with each choice of layers, scale and window; each is kept once it is whole, and the same command goes on from there."""
-    made = {
-        "transformer": scores.fingerprint(sd3.mmdit), "without": args.without or [], "seed": args.seed, "captions": prompts,
-        "settings": scores.plain(settings | {"slg": None}),
-    }  # fmt: skip
-    kept = json.loads(args.slg_table.read_text()) if args.slg_table.exists() else {"made": made, "rows": {}}
-    require(kept["made"] == made, f"{args.slg_table} is of another model or of other settings; name another file for these")
-    given = {name: getattr(args, f"slg_{name}") for name in ("layers", "scale", "start", "end")}
-    choices = {scores.name_slg(slg): slg for slg in scores.slg_choices(sd3.mmdit.config.depth, **given)}
-    left = {name: slg for name, slg in choices.items() if name not in kept["rows"]}
+def _table(
+    args: Namespace, sd3: SD3, draw: Draw, prompts: list[str], settings: dict[str, Any], path: Path, choices: list[Guidance]
+) -> None:
+    """Draw all captions with each guidance; each is kept once it is whole, and the same command goes on from there."""
+    others = {name: value for name, value in settings.items() if name not in Guidance._fields}
+    made = scores.plain({
+        "transformer": scores.fingerprint(sd3.mmdit), "without": args.without or [], "seed": args.seed, "captions": prompts, **others,
+    })  # fmt: skip
+    kept, rows = scores.read_table(path) if path.exists() else (made, {})
+    require(kept == made, f"{path} is of another model or of other settings; name another file for these")
+    left = [choice for choice in choices if choice not in rows]
     try:
-        with tqdm(total=len(left) * len(prompts), desc=f"{len(left)} of {len(choices)} choices", unit="picture") as bar:
-            for name, slg in left.items():
-                judged = list[Judgement]()
-                for _, some in draw(settings | {"slg": slg}):
-                    judged += some
+        with tqdm(total=len(left) * len(prompts), desc=f"{len(left)} of {len(choices)} guidances", unit="picture") as bar:
+            for choice in left:
+                parts, judged = list[Tensor](), list[Judgement]()
+                for pictures, some in draw(settings | choice._asdict()):
+                    parts, judged = [*parts, pictures], judged + some
                     bar.update(len(some))
-                kept["rows"][name] = [asdict(one) for one in judged]
-                _write_json(args.slg_table, kept)
+                rows[choice] = Drawn(judged, scores.of_pictures(torch.cat(parts), prompts))
+                scores.write_table(path, made, rows)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped; the same command draws what {args.slg_table} does not have yet") from None
+        raise KeyboardInterrupt(f"stopped; the same command draws what {path} does not have yet") from None
     finally:
-        whole = {name: [Judgement(**one) for one in kept["rows"][name]] for name in choices if name in kept["rows"]}
-        print(scores.slg_markdown(whole))
+        if done := {choice: rows[choice] for choice in choices if choice in rows}:
+            print(scores.table_markdown(done))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

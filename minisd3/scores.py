@@ -1,10 +1,11 @@
-"""What `python -m minisd3 evaluate` says of a whole model: how it draws captions, how its parts do, and what skip-layer guidance does for it."""
+"""What `python -m minisd3 evaluate` says of a whole model: how it draws captions, how its parts do, and what guidance does for it."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from hashlib import sha256
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -24,6 +25,7 @@ from minisd3.evaluate import (
     ssim,
     tally,
 )
+from minisd3.formats import replacing
 from minisd3.pipeline import SD3, from_pil
 from minisd3.scenes import HELD_OUT, Scene
 from minisd3.types import Conditioning
@@ -95,41 +97,91 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-# --- skip-layer guidance ----------------------------------------------------------------------------------------------------------
+# --- tables of guidances ----------------------------------------------------------------------------------------------------------
 
+CFG_SCALES = (1.0, 2.0, 3.0, 4.0, 6.0, 10.0, 16.0)
+CFG_INTERVALS = ((0.0, 0.5), (0.5, 1.0), (0.2, 0.8))
 SLG_SCALES = (0.75, 1.5, 3.0)
 SLG_WINDOWS = ((0.01, 0.2), (0.01, 0.5))
 
 
+class Guidance(NamedTuple):
+    """One way to guide, named as SD3.generate names it."""
+
+    cfg: float
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    slg: SkipLayers | None = None
+
+    def cells(self) -> list[str]:
+        """Of a table with the columns COLUMNS."""
+        slg = self.slg
+        skip = [", ".join(map(str, slg.layers)), f"{slg.scale:g}", f"{slg.start:g} to {slg.end:g}"] if slg else ["none", "", ""]
+        return [f"{self.cfg:g}", "{:g} to {:g}".format(*self.cfg_interval), *skip]
+
+
+COLUMNS = ("CFG", "at times", "without layers", "scale", "steps")
+
+
+class Drawn(NamedTuple):
+    """What came of one guidance: a judgement of each caption's picture, and `of_pictures` of them all."""
+
+    judged: list[Judgement]
+    scores: dict[str, float]
+
+
+def cfg_choices(cfg: float) -> list[Guidance]:
+    """First this scale, with which the others are compared; then other scales, and this one and a larger one at some of the times only."""
+    scales = [cfg, *(scale for scale in CFG_SCALES if scale != cfg)]
+    part = [Guidance(scale, interval) for scale in dict.fromkeys((cfg, 10.0)) for interval in CFG_INTERVALS]
+    return [*map(Guidance, scales), *part]
+
+
 def slg_choices(
+    cfg: float,
     depth: int,
     *,
     layers: tuple[int, ...] | None = None,
     scale: float | None = None,
     start: float | None = None,
     end: float | None = None,
-) -> list[SkipLayers | None]:
-    """None; then each block and each two neighbours, at each scale, in each window. What is given stays as it is."""
+) -> list[Guidance]:
+    """First none; then each block and each two neighbours, at each scale, in each window. What is given stays as it is."""
     blocks = [layers] if layers else [*((i,) for i in range(depth)), *((i, i + 1) for i in range(depth - 1))]
     scales = SLG_SCALES if scale is None else (scale,)
     windows = dict.fromkeys((a if start is None else start, b if end is None else end) for a, b in SLG_WINDOWS)
-    return [None, *(SkipLayers(some, size, *window) for some in blocks for size in scales for window in windows)]
+    skips = [SkipLayers(some, size, *window) for some in blocks for size in scales for window in windows]
+    return [Guidance(cfg), *(Guidance(cfg, slg=slg) for slg in skips)]
 
 
-def name_slg(slg: SkipLayers | None) -> str:
-    """As the table's first three cells."""
-    return f"{', '.join(map(str, slg.layers))} | {slg.scale:g} | {slg.start:g} to {slg.end:g}" if slg else "none | | "
+def read_table(path: Path) -> tuple[dict[str, Any], dict[Guidance, Drawn]]:
+    """What a table was made with, and its rows, as `write_table` left them."""
+    made, *rows = map(json.loads, path.read_text().splitlines())
+    return made, dict(map(_row, rows))
 
 
-def slg_markdown(rows: Mapping[str, Sequence[Judgement]]) -> str:
-    """A line for each choice, by name_slg. Gained: captions that are all right with it and were not without; lost: the other way round."""
-    names = [field.name for field in fields(CaptionAccuracy)]
-    head = f"| layers | scale | window | {' | '.join(names)} | gained | lost |\n|---|---:|---|{'---:|' * (len(names) + 2)}"
-    return "\n".join([head, *(f"| {name} | {' | '.join(_cells(judged, rows[name_slg(None)]))} |" for name, judged in rows.items())])
+def write_table(path: Path, made: Mapping[str, Any], rows: Mapping[Guidance, Drawn]) -> None:
+    """A line of JSON with what the table was made with, then one for each row."""
+    lines = [made, *({"guidance": one, "judged": [list(vars(each).values()) for each in drawn.judged], "scores": drawn.scores}
+                     for one, drawn in rows.items())]  # fmt: skip
+    with replacing(path) as beside:
+        beside.write_text("".join(json.dumps(line, default=asdict) + "\n" for line in lines))
 
 
-def _cells(judged: Sequence[Judgement], without: Sequence[Judgement]) -> Iterable[str]:
-    accuracy = tally(judged)
-    changes = [(one.right, before.right) for one, before in zip(judged, without, strict=True)]
-    shares = [f"{rate.share:.1%}" if rate.of else "of 0" for rate in vars(accuracy).values()]
-    return [*shares, str(changes.count((True, False))), str(changes.count((False, True)))]
+def _row(row: Mapping[str, Any]) -> tuple[Guidance, Drawn]:
+    cfg, (low, high), slg = row["guidance"]
+    skip = SkipLayers(**slg | {"layers": tuple(slg["layers"])}) if slg else None
+    judged = [Judgement(tuple(kinds), tuple(colours), *rest) for kinds, colours, *rest in row["judged"]]
+    return Guidance(cfg, (low, high), skip), Drawn(judged, row["scores"])
+
+
+def table_markdown(rows: Mapping[Guidance, Drawn]) -> str:
+    """A line for each guidance. Gained: captions that are all right with it and were not with the first; lost: the other way round."""
+    first = next(iter(rows.values()))
+    heads = [*COLUMNS, *(field.name for field in fields(CaptionAccuracy)), "gained", "lost", *first.scores]
+    lines = [heads, ["---"] * len(heads)]
+    for one, (judged, said) in rows.items():
+        shares = [f"{rate.share:.1%}" if rate.of else "of 0" for rate in vars(tally(judged)).values()]
+        changes = [(after.right, before.right) for after, before in zip(judged, first.judged, strict=True)]
+        counts = [str(changes.count((True, False))), str(changes.count((False, True)))]
+        lines.append([*one.cells(), *shares, *counts, *(f"{score:.3f}" for score in said.values())])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -18,6 +18,7 @@ from minisd3.__main__ import main
 from minisd3.config import PRESETS, SkipLayers
 from minisd3.evaluate import CaptionAccuracy, Judgement
 from minisd3.scenes import HELD_OUT, captions, pictures
+from minisd3.scores import Drawn, Guidance
 
 PROMPT = "a red house"
 
@@ -375,45 +376,65 @@ def test_ctrl_c_gives_the_scores_so_far(judge: Any, monkeypatch: pytest.MonkeyPa
     assert Path("grid.png").exists()
 
 
-def test_the_skip_layer_table_goes_on_where_it_stopped(
-    judge: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["--captions", "2", "--slg-table", "slg.json", "--slg-layers", "1,2", "--slg-scale", "2", "--slg-start", "0"]
+def test_a_table_goes_on_where_it_stopped(judge: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--captions", "2", "--slg-table", "slg.jsonl", "--slg-layers", "1,2", "--slg-scale", "2", "--slg-start", "0"]
     whole = commands.SD3.generate
     stop_at(3, monkeypatch)
     assert judge(*words) == 130
     out, err = capsys.readouterr()
-    assert [line.split("|")[1].strip() for line in out.splitlines()] == ["layers", "---", "none", "1, 2"]
-    assert "the same command draws what slg.json does not have yet" in err
-    assert len(json.loads(Path("slg.json").read_text())["rows"]) == 2
+    assert [line.split("|")[3].strip() for line in out.splitlines()] == ["without layers", "---", "none", "1, 2"]
+    assert "the same command draws what slg.jsonl does not have yet" in err
+    _, rows = scores.read_table(Path("slg.jsonl"))
+    assert [one.slg for one in rows] == [None, SkipLayers((1, 2), 2.0, 0.0, 0.2)]
 
     calls = []
 
     def noted(*args: Any, **named: Any) -> Any:
-        calls.append(named["slg"])
+        calls.append((named["cfg"], named["cfg_interval"], named["slg"]))
         return whole(*args, **named)
 
     monkeypatch.setattr(commands.SD3, "generate", noted)
     assert judge(*words) == 0
-    assert calls == [SkipLayers((1, 2), 2.0, 0.0, 0.5)]  # the only one left
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
-    assert {len(row) for row in rows} == {14} and [row[2] for row in rows[2:]] == ["", "0 to 0.2", "0 to 0.5"]
-    assert rows[2][-2:] == ["0", "0"] and all(cell.endswith("%") or cell == "of 0" for cell in rows[3][3:12])
+    assert calls == [(4.0, (0.0, 1.0), SkipLayers((1, 2), 2.0, 0.0, 0.5))]  # the only one left
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert {len(line) for line in lines} == {5 + 9 + 2 + 2} and [line[4] for line in lines[2:]] == ["", "0 to 0.2", "0 to 0.5"]
+    assert lines[2][14:16] == ["0", "0"] and all(cell.endswith("%") or cell == "of 0" for cell in lines[3][5:14])
+    assert 0 < float(lines[2][-1]) < 1  # a CLIP score
 
     assert judge(*words, "--seed", "1") == 2
-    assert "slg.json is of another model or of other settings" in capsys.readouterr().err
+    assert "slg.jsonl is of another model or of other settings" in capsys.readouterr().err
 
 
-def test_the_skip_layer_table_s_choices() -> None:
-    every = scores.slg_choices(6)
-    assert every[0] is None and len(every) == len(set(every)) == 1 + (6 + 5) * len(scores.SLG_SCALES) * len(scores.SLG_WINDOWS)
-    assert len({scores.name_slg(slg) for slg in every}) == len(every)
-    assert PRESETS["tiny"].slg in every
-    assert scores.slg_choices(6, layers=(3,), scale=1.0, start=0.0, end=1.0) == [None, SkipLayers((3,), 1.0, 0.0, 1.0)]
+def test_a_table_of_cfg_scales(judge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scores, "CFG_SCALES", (1.0, 4.0))
+    assert judge("--captions", "1", "--cfg-table", "cfg.jsonl", "--cfg", "3") == 0
+    _, rows = scores.read_table(Path("cfg.jsonl"))
+    parts = [(scale, interval) for scale in (3.0, 10.0) for interval in scores.CFG_INTERVALS]
+    assert [(one.cfg, one.cfg_interval) for one in rows] == [*((scale, (0.0, 1.0)) for scale in (3.0, 1.0, 4.0)), *parts]
+
+
+def test_what_the_tables_compare() -> None:
+    every = scores.slg_choices(4.0, 6)
+    assert every[0].slg is None and len(every) == len(set(every)) == 1 + (6 + 5) * len(scores.SLG_SCALES) * len(scores.SLG_WINDOWS)
+    assert PRESETS["tiny"].slg in [one.slg for one in every]
+    one = SkipLayers((3,), 1.0, 0.0, 1.0)
+    assert scores.slg_choices(5.0, 6, layers=(3,), scale=1.0, start=0.0, end=1.0) == [Guidance(5.0), Guidance(5.0, slg=one)]
+    assert scores.cfg_choices(4.0)[0] == Guidance(4.0) and len(set(scores.cfg_choices(4.0))) == len(scores.cfg_choices(4.0))
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
+    judged = [Judgement((True, False), (False, True), False, True, True), Judgement((True,), (True,), None, True, False)]
+    rows = {
+        Guidance(4.0): Drawn(judged, {"CLIP score, clip_l": 0.5}),
+        Guidance(1.5, (0.2, 0.8), SkipLayers((1, 2), 0.75, 0.0, 0.5)): Drawn(judged[::-1], {}),
+    }
+    scores.write_table(tmp_path / "table.jsonl", {"seed": 0}, rows)
+    assert scores.read_table(tmp_path / "table.jsonl") == ({"seed": 0}, rows)
 
 
 def test_gained_and_lost_captions_are_counted() -> None:
     right, wrong = Judgement((True,), (True,), None, True, True), Judgement((False,), (True,), None, True, True)
-    table = scores.slg_markdown({"none | | ": [right, wrong, wrong], "1 | 2 | 0 to 1": [wrong, right, right]})
-    assert [line.split("|")[-3:-1] for line in table.splitlines()[2:]] == [[" 0 ", " 0 "], [" 2 ", " 1 "]]
-    assert "| 33.3% |" in table and "| 66.7% |" in table and table.count("| of 0 |") == 2  # relations
+    rows = {Guidance(4.0): Drawn([right, wrong, wrong], {"score": 0.5}), Guidance(2.0): Drawn([wrong, right, right], {"score": 0.25})}
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in scores.table_markdown(rows).splitlines()]
+    assert [line[-3:] for line in lines] == [["gained", "lost", "score"], ["---"] * 3, ["0", "0", "0.500"], ["2", "1", "0.250"]]
+    assert lines[2].count("33.3%") and lines[3].count("66.7%") and lines[2].count("of 0") == 2  # relations
