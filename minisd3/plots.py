@@ -163,11 +163,13 @@ def lines(
             axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 4 * low else MaxNLocator(6))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_locator(NullLocator())
-    placed = -np.inf
+    placed: list[tuple[float, float]] = []
     for (end_y, _), end_x, name, colour in sorted(ends):
-        at = ax.transData.transform((end_x, end_y))[1]
-        placed = max(at, placed + 15)  # names that would overlap are pushed up
-        offset = (placed - at) * 72 / 100
+        right, at = ax.transData.transform((end_x, end_y))
+        beside = [height + 15 for other, height in placed if abs(right - other) < 100]
+        up = max([at, *beside])  # names that would overlap are pushed up
+        placed.append((right, up))
+        offset = (up - at) * 72 / 100
         ax.annotate(name, (end_x, end_y), (8, offset), textcoords="offset points", color=colour, size=TEXT, va="center",
                     annotation_clip=False)  # fmt: skip
     return _finish(figure, _say(title, f"{y} against {x}", *curves), drawing=True)
