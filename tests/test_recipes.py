@@ -125,7 +125,7 @@ def test_captions_are_read_as_encode_reads_them(tiny_text: TextEncoders) -> None
     whole = [captioned.draw(1, generator, empty=0.0)[1] for _ in range(40)]
     told = tiny_text.encode([scene.caption(manner) for manner in range(scenes.PHRASINGS)])
     found = [(told.context - cond.context).abs().amax((1, 2)).min() < 1e-5 for cond in whole]
-    assert sum(found) > 25  # the others lost an encoder
+    assert 12 < sum(found) < 30  # the others lost an encoder: 1 - 0.8^3, about half
     nothing = tiny_text.encode([""])
     left_out = [captioned.draw(1, generator, empty=1.0)[1] for _ in range(10)]
     assert sum((nothing.pooled - cond.pooled).abs().max() < 1e-5 for cond in left_out) > 5
