@@ -51,9 +51,12 @@ def add_lora(
 ) -> None:
     """Freeze the transformer and give its layers whose names match `layers`, a regular expression, something to train.
 
-    alpha: by default the rank, so that scale is 1. Raises ValueError for a rank below 1, and if no linear layer matches.
+    alpha: by default the rank, so that scale is 1. Raises ValueError for a rank below 1, if no linear layer matches, and for a second one,
+        which would lose the first.
     """
     require(rank >= 1, f"a LoRA's rank is {rank}; it must be at least 1")
+    has_one = any(isinstance(layer, LoRALinear) for layer in _linear(mmdit).values())
+    require(not has_one, "this transformer has a LoRA already; save_lora keeps it, and apply_lora adds the file to a new one")
     found = [name for name in _linear(mmdit) if re.search(layers, name)]
     require(bool(found), f"no linear layer's name matches {layers!r}; they are {some(_linear(mmdit))}")
     mmdit.requires_grad_(False)
@@ -61,7 +64,7 @@ def add_lora(
         parent, _, own = name.rpartition(".")
         layer = mmdit.get_submodule(name)
         assert isinstance(layer, nn.Linear)
-        setattr(mmdit.get_submodule(parent), own, LoRALinear(layer, rank, alpha or rank, generator))
+        setattr(mmdit.get_submodule(parent), own, LoRALinear(layer, rank, rank if alpha is None else alpha, generator))
 
 
 def _linear(mmdit: MMDiT) -> dict[str, nn.Linear]:

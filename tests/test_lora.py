@@ -217,6 +217,8 @@ def test_wrong_requests_are_clear_errors(tmp_path: Path) -> None:
         add_lora(base(), 0)
     with pytest.raises(ValueError, match="no linear layer's name matches 'conv'; they are t_embedder"):
         add_lora(base(), 4, layers="conv")
+    with pytest.raises(ValueError, match="has a LoRA already; save_lora keeps it"):
+        add_lora(adapted(), 2)
     with pytest.raises(ValueError, match="has no LoRA; add_lora gives it one"):
         save_lora(tmp_path / "x.safetensors", base())
 
