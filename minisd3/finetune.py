@@ -38,15 +38,16 @@ SPREAD = {"ddp": distributed.replicate, "fsdp": distributed.shard}
 
 def train(args: Namespace, ends: float) -> None:
     """Prepare the data, train from where the run stands until `ends`, and write what generate takes: a model, or a LoRA file."""
-    require(args.part == "mmdit", "--data is for the transformer: python -m minisd3 train mmdit --data FOLDER")
+    _check(args)
     path, preset = source(args.init, args.preset)
+    options: dict[str, Any] = {"steps": args.steps or 1000, "batch": args.batch or 8, "accumulate": args.accumulate}
     with distributed.joined(torch.device(args.device) if args.device else best_device()) as device:
+        distributed.share(torch.empty(options["batch"]))  # raises now, rather than when all is prepared, if it cannot be shared
         prepared = data.Prepared(_prepare(args, path, preset, device))
         vae = load_vae(path, device=device, dtype=torch.float32)
         mmdit = SPREAD[args.parallel](_transformer(args, path, preset.mmdit, device))
         run = args.folder / ("lora" if args.lora else "mmdit")
         lr = args.lr or (1e-4 if args.lora else 1e-5)
-        options: dict[str, Any] = {"steps": args.steps or 1000, "batch": args.batch or 8, "accumulate": args.accumulate}
         steps = data.train_on(
             prepared, mmdit, run, lr=lr, shift=preset.shift, seed=args.seed, save_every=args.save_every, **options
         )
@@ -63,6 +64,15 @@ def train(args: Namespace, ends: float) -> None:
                         save_sheet(sheet, run / "samples" / f"{progress.step:06d}.png")
         if distributed.is_first():
             print(_result(args, preset.mmdit, vae, run))
+
+
+def _check(args: Namespace) -> None:
+    """Raise ValueError for what makes no sense, before anything is loaded."""
+    require(args.part == "mmdit", "--data is for the transformer: python -m minisd3 train mmdit --data FOLDER")
+    for name in ("lora", "steps", "batch", "accumulate", "save_every"):
+        value = getattr(args, name)
+        require(value is None or value >= 1, f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    require(not (args.fresh and args.lora), "--fresh has no use for --lora, which changes a trained model")
 
 
 def source(init: Path | None, name: str | None) -> tuple[Path, Preset]:
@@ -83,7 +93,7 @@ def source(init: Path | None, name: str | None) -> tuple[Path, Preset]:
 
 def _prepare(args: Namespace, path: Path, preset: Preset, device: torch.device) -> list[Path]:
     """The data's shards, those that are missing made first; of many processes each makes its share."""
-    side = args.size or preset.size[0]
+    side = preset.size[0] if args.size is None else args.size
     largest = preset.multiple * preset.mmdit.pos_embed_max_size
     fits = side % preset.multiple == 0 and 0 < side <= largest
     require(fits, f"--size is {side}; it must be a multiple of {preset.multiple}, and at most {largest}")
@@ -108,7 +118,6 @@ def _prepare(args: Namespace, path: Path, preset: Preset, device: torch.device) 
 def _transformer(args: Namespace, path: Path, config: MMDiTConfig, device: torch.device) -> MMDiT:
     """With the file's weights or new ones; frozen and with a LoRA if one is asked for, then in the type that it would draw in."""
     if args.fresh:
-        require(not args.lora, "--fresh has no use for --lora, which changes a trained model")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
             mmdit = MMDiT(config).to(device)

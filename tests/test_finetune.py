@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboardX.proto import event_pb2
 
-from minisd3 import finetune, training, weights
+from minisd3 import distributed, finetune, training, weights
 from minisd3.__main__ import main
 from minisd3.config import PRESETS
 from minisd3.text import TextEncoders
@@ -176,7 +176,11 @@ WRONG = [
     (["--preset", "sd3.5-medium"], "sd3_tiny.safetensors holds a transformer of tiny, not of sd3.5-medium"),
     (["--size", "40"], "--size is 40; it must be a multiple of 16, and at most 384"),
     (["--init", "none.safetensors"], "there is no file none.safetensors; --init takes a released .safetensors"),
+    (["--size", "0"], "--size is 0; it must be a multiple of 16"),
     (["--lora", "2", "--fresh"], "--fresh has no use for --lora"),
+    (["--lora", "0"], "--lora is 0; it must be at least 1"),
+    (["--accumulate", "0"], "--accumulate is 0; it must be at least 1"),
+    (["--save-every", "0"], "--save-every is 0; it must be at least 1"),
 ]
 
 
@@ -184,6 +188,15 @@ WRONG = [
 def test_a_mistake_ends_in_one_line(words: list[str], more: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, *more]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_before_data_is_prepared(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    assert main([*words, "--batch", "3"]) == 2
+    assert "a batch of 3 cannot be shared by 2 processes" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_released_preset_needs_its_file(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
