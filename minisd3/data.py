@@ -3,7 +3,8 @@
 A folder holds name.txt beside name.jpg (.png, .webp), in subfolders too, or a metadata.jsonl with file_name and text in each line; a tar, as
 webdataset packs them, holds both as members of one name. Before training, pictures become latents and captions what the text encoders make of
 them, in shards that are then mapped from the disk: while a model is trained, no text encoder (T5-XXL: 9.5 GB) is in memory.
-Nothing is left out silently: a picture that cannot be read or has no caption is an error that names it.
+Nothing is left out silently: a picture that cannot be read or has no caption is an error that names it. But where there is a metadata.jsonl, or
+are tars, only what they hold is looked at.
 """
 
 import contextlib
@@ -93,7 +94,10 @@ def _in_folder(folder: Path) -> Iterator[Example]:
 
 def _in_table(folder: Path) -> Iterator[Example]:
     table = folder / "metadata.jsonl"
-    for number, line in enumerate(_text(table.read_bytes(), table).splitlines(), 1):
+    lines = _text(table.read_bytes(), table).split("\n")  # splitlines would also split at what a text may hold, such as U+2028
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         row: Any = None
         with contextlib.suppress(json.JSONDecodeError):
             row = json.loads(line)
@@ -105,7 +109,7 @@ def _in_table(folder: Path) -> Iterator[Example]:
 
 def _text(content: bytes, where: Path | str) -> str:
     try:
-        return content.decode()
+        return content.decode("utf-8-sig")  # without the mark that some editors begin a file with
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is no UTF-8 text ({error}); save it as such") from None
 
@@ -122,16 +126,21 @@ def _in_tar(path: Path) -> Iterator[Example]:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 kind = PurePath(member.name).suffix.lower()
-                key = member.name.removesuffix(PurePath(member.name).suffix)
                 if kind in PICTURES:
-                    pictures[key] = member
+                    pictures[member.name] = member
                 elif kind == ".txt" and (text := tar.extractfile(member)):
-                    captions[key] = _text(text.read(), f"{member.name} in {path}")
+                    captions[_stem(member.name)] = _text(text.read(), f"{member.name} in {path}")
     except tarfile.ReadError as error:
         raise ValueError(f"{path} is no uncompressed tar ({error}); unpack it, or pack it again without compression") from None
-    for key, member in pictures.items():
-        require(key in captions, f"{member.name} in {path} has no caption; add {PurePath(key).name}.txt to the tar")
-        yield Example(member.name, captions[key].strip(), path, member.offset_data, member.size)
+    for name, member in pictures.items():
+        key = _stem(name)
+        require(key in captions, f"{name} in {path} has no caption; add {PurePath(key).name}.txt to the tar")
+        yield Example(name, captions[key].strip(), path, member.offset_data, member.size)
+
+
+def _stem(name: str) -> str:
+    """What a picture and its caption have in common, folders included."""
+    return name.removesuffix(PurePath(name).suffix)
 
 
 # --- what is made of it -----------------------------------------------------------------------------------------------------------
@@ -141,7 +150,7 @@ def buckets(side: int, multiple: int) -> list[tuple[int, int]]:
     """Heights and widths of about side * side pixels, from 1 : 2 to 2 : 1, in multiples of `multiple` (Podell et al. 2023, section 2.3)."""
     step = max(multiple, side // 16 // multiple * multiple)
     first, last = math.ceil(side / math.sqrt(2) / step), math.floor(side * math.sqrt(2) / step)
-    return [(i * step, int(side**2 / (i * step) / step) * step) for i in range(first, last + 1)]
+    return [(i * step, side**2 // (i * step**2) * step) for i in range(first, last + 1)]
 
 
 @dataclass(frozen=True)
@@ -158,7 +167,8 @@ def plan(
 ) -> list[Shard]:
     """Which examples go into which file of `folder`: each to the size of the nearest proportions, at most `most` to a file.
 
-    A file is named by what is in it, captions and `made_with` included, so that one that is there need not be made again.
+    A file is named by what is in it, captions, the pictures' lengths in bytes and `made_with` included, so that one that is there need not
+    be made again.
     """
     groups: dict[tuple[int, int], list[Example]] = {size: [] for size in sizes}
     for example in examples:
@@ -167,7 +177,7 @@ def plan(
     shards = []
     for size, group in groups.items():
         for own in (tuple(group[i : i + most]) for i in range(0, len(group), most)):
-            about = [made_with, size, [(example.name, example.caption) for example in own]]
+            about = [made_with, size, [(example.name, example.length, example.caption) for example in own]]
             shards.append(Shard(folder / f"{sha256(json.dumps(about).encode()).hexdigest()[:16]}.safetensors", size, own))
     return shards
 

@@ -69,6 +69,24 @@ def test_every_layout_gives_the_same_pictures_and_captions(tmp_path: Path) -> No
     assert len(find_examples([folder, listed])) == 6
 
 
+def test_captions_may_hold_what_ends_a_line_elsewhere_and_begin_with_a_mark(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "folder", 1)
+    (folder / "0.txt").write_text("a café\n", encoding="utf-8-sig")
+    assert find_examples([folder])[0].caption == "a café"
+    rows = [json.dumps({"file_name": "0.png", "text": text}, ensure_ascii=False) for text in ("one\u2028two", "three")]
+    (folder / "metadata.jsonl").write_text("\r\n\r\n".join(rows) + "\r\n", encoding="utf-8-sig")
+    assert [example.caption for example in find_examples([folder])] == ["one\u2028two", "three"]
+
+
+def test_two_pictures_may_share_a_caption(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "folder", 1)
+    picture(1).save(folder / "0.jpg")
+    for source in (folder, pack(folder, tmp_path / "x.tar")):
+        assert sorted((example.name, example.caption) for example in find_examples([source])) == [
+            ("0.jpg", CAPTIONS[0]), ("0.png", CAPTIONS[0])
+        ]  # fmt: skip
+
+
 def lose_a_caption(folder: Path) -> list[Path]:
     (fill(folder) / "2.txt").unlink()
     return [folder]
@@ -184,6 +202,9 @@ def test_what_is_prepared_is_what_the_encoders_give_and_is_kept(tmp_path: Path, 
     (folder / "4.txt").write_text("another caption")  # names run 0, 2, 4, deeper/1, deeper/3
     changed = [shard.path for shard in plan(find_examples([folder]), out, [(16, 32)], most=2)]
     assert [a == b for a, b in zip(paths, changed, strict=True)] == [True, False, True]
+    picture(9, 64, 64).save(folder / "0.png")
+    replaced = [shard.path for shard in plan(find_examples([folder]), out, [(16, 32)], most=2)]
+    assert [a == b for a, b in zip(changed, replaced, strict=True)] == [False, True, True]
     assert {shard.path for shard in plan(find_examples([folder]), out, [(16, 32)], made_with="another", most=2)}.isdisjoint(paths)
     assert made() == before
 
