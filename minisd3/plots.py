@@ -220,7 +220,7 @@ def heat(
     )
     across = max(540 / len(columns), 1)
     down = min(max(across, 16), 40)
-    left, right, above, below = 24 + 6.4 * max(map(len, rows)), 90, 34, 34.0 + (18 if x else 0)
+    left, right, above, below = 24 + 6.4 * max(map(len, rows)) + (14 if y else 0), 90, 34, 34.0 + (18 if x else 0)
     below += 6.2 * max(map(len, columns)) - 8 if turned else 0
     wide, high = left + across * len(columns) + right, above + down * len(rows) + below
     figure = Figure(figsize=(wide / 100, high / 100), dpi=100, facecolor="white")
@@ -233,10 +233,11 @@ def heat(
     every = max(1, round((14 if turned else 46) / across))  # columns, so that their names do not touch
     ax.set_xticks(range(0, len(columns), every), columns[::every], rotation=90 if turned else 0)
     ax.set_yticks(range(len(rows)), rows)
+    digits = 0 if np.array_equal(array, array.round(), equal_nan=True) else 2
     for (i, j), value in np.ndenumerate(array) if numbers else ():
         if not np.isnan(value):
             ax.text(
-                j, i, f"{value:.2f}", ha="center", va="center", size=TEXT - 1.5, color=INK if value > (low + top) / 2 else "white"
+                j, i, f"{value:.{digits}f}", ha="center", va="center", size=TEXT - 1.5, color=INK if value > (low + top) / 2 else "white"
             )
     _colour_bar(figure, drawn, (1 - (right - 12) / wide, box[1], 12 / wide, box[3]), unit)
     return _finish(figure, _say(title, unit, *rows), drawing=False)

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 import minisd3
-from minisd3 import scenes
+from minisd3 import scenes, scores
 from minisd3.controlnet import HINTS, canny, depth
 from minisd3.evaluate import CaptionAccuracy, caption_accuracy, edge_f1, grid, psnr
 from minisd3.pipeline import SD3, from_pil
@@ -101,3 +101,10 @@ def test_a_controlnet_is_obeyed_more_the_stronger_it_is(kind: str) -> None:
 
 def test_it_is_small_enough_to_ship() -> None:
     assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 60e6
+
+
+@pytest.mark.parametrize(("name", "choices"), [("cfg", scores.cfg_choices(4.0)), ("slg", scores.slg_choices(4.0, 6))])
+def test_the_tables_of_guidances_are_whole_and_of_these_weights(name: str, choices: list[scores.Guidance]) -> None:
+    made, rows = scores.read_table(FOLDER / f"{name}.jsonl")
+    assert made["transformer"] == scores.fingerprint(tiny().mmdit)
+    assert list(rows) == choices
