@@ -161,15 +161,18 @@ def load_controlnet(
 ) -> ControlNet:
     """A ControlNet, as load_mmdit loads the transformer. head_dim leaves no trace (64 in every released one).
 
-    control_type: 0 blur, 1 canny, 2 depth; only needed where the file does not say, as in diffusers' layout.
+    control_type: 0 blur, 1 canny, 2 depth; only needed where neither the file says so, as in diffusers' layout, nor the path has one of
+        these names in it, as the released ids on the hub have.
     """
     file, part = _find(Path(path), ControlNet)
     used = {name: source for name, source in part.sources.items() if not name.startswith("context_embedder.")}  # read by nothing
     if control_type is None and not used.keys() & {"control_type", "pos_embed.proj.weight"}:  # form 2b has no control_type
-        control_type = _noted(file, part).get("control_type")
+        named = [number for number, kind in enumerate(KINDS[:3]) if kind in str(file).lower()]
+        control_type = _noted(file, part).get("control_type", named[0] if len(named) == 1 else None)
         if control_type is None:
             choices = ", ".join(f"{number} ({name})" for number, name in enumerate(KINDS[:3]))
-            raise WeightsError(f"{file} does not say which hints its ControlNet takes; pass control_type: {choices}")
+            raise WeightsError(f"{file} does not say which hints its ControlNet takes; have blur, canny or depth in its folder's name, "
+                               f"or pass load_controlnet control_type: {choices}")  # fmt: skip
     extra = {} if control_type is None else {"control_type": torch.tensor([control_type], dtype=torch.int32, device=device)}
     part = replace(part, sources={name: source for name, source in used.items() if name not in extra})
     return _build(ControlNet, file, part, device, dtype, config, extra)

@@ -259,9 +259,14 @@ def test_a_diffusers_controlnet_asks_for_its_kind_of_hint(tmp_path: Path, contro
     weights.save_diffusers(tmp_path, controlnet)
     path = tmp_path / "diffusion_pytorch_model.safetensors"
     save_file(load_file(path), path, {"format": "pt"})
-    with pytest.raises(WeightsError, match=r"pass control_type: 0 \(blur\), 1 \(canny\), 2 \(depth\)"):
+    with pytest.raises(WeightsError, match=r"pass load_controlnet control_type: 0 \(blur\), 1 \(canny\), 2 \(depth\)"):
         weights.load_controlnet(tmp_path)
     assert same(weights.load_controlnet(tmp_path, control_type=2), controlnet)
+    named = tmp_path / "models--someone--a-Depth-controlnet" / "snapshots"  # as the hub's cache names it
+    named.mkdir(parents=True)
+    for file in tmp_path.glob("*.*"):
+        file.rename(named / file.name)
+    assert same(weights.load_controlnet(named), controlnet)
 
 
 # --- number types, devices, memory ------------------------------------------------------------------------------------------------------
