@@ -2,6 +2,7 @@
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from minisd3 import scenes, scores
 from minisd3.controlnet import HINTS, canny, depth
 from minisd3.evaluate import CaptionAccuracy, caption_accuracy, edge_f1, grid, psnr
 from minisd3.pipeline import SD3, from_pil
+from minisd3.weights import load_vae
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "minisd3" / "models" / "tiny"
@@ -51,6 +53,23 @@ def test_nearly_all_prompts_are_recognised_in_their_colours_and_related() -> Non
     assert accuracy().relation.share >= 0.75  # of 8
 
 
+def eight(**settings: Any) -> CaptionAccuracy:
+    """What is right in eight of the fixed prompts, drawn with these settings."""
+    asked = scenes.PROMPTS[::4]
+    pictures = tiny().generate([scene.caption() for scene in asked], seed=range(8), progress=False, **settings)
+    return caption_accuracy(torch.cat([from_pil(picture, picture.size[::-1]) for picture in pictures]), asked)
+
+
+@pytest.mark.parametrize("size", [(96, 192), (192, 96), (160, 160)])
+def test_other_sizes_are_drawn_too(size: tuple[int, int]) -> None:
+    accuracy = eight(size=size)
+    assert accuracy.recognised.share >= 0.75 and accuracy.background.share >= 0.85
+
+
+def test_four_steps_are_recognisable() -> None:
+    assert eight(steps=4, sampler="euler", shift=3.0).thing.share >= 0.75
+
+
 def test_the_readme_shows_what_the_weights_draw() -> None:
     shown = np.asarray(Image.open(ROOT / "docs" / "prompts.png").convert("RGB"), dtype=float)
     again = np.asarray(grid(drawn()), dtype=float)
@@ -63,6 +82,14 @@ def test_the_vae_reconstructs_held_out_scenes() -> None:
     image = held_out(32)
     again = tiny().vae.decode(tiny().vae.encode(image)[0]).clamp(-1, 1)
     assert psnr(again, image).mean() >= 32
+
+
+@torch.no_grad()
+def test_more_latent_channels_reconstruct_better() -> None:
+    image = held_out(16)
+    sisters = [load_vae(FOLDER / f"vae_{channels}.safetensors", dtype=torch.float32) for channels in (4, 8)]
+    four, eight, sixteen = (psnr(vae.decode(vae.encode(image)[0]).clamp(-1, 1), image).mean() for vae in (*sisters, tiny().vae))
+    assert four + 1 < eight and eight + 1 < sixteen
 
 
 @torch.no_grad()
@@ -103,7 +130,7 @@ def test_it_is_small_enough_to_ship() -> None:
     assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 60e6
 
 
-@pytest.mark.parametrize(("name", "choices"), [("cfg", scores.cfg_choices(4.0)), ("slg", scores.slg_choices(4.0, 6))])
+@pytest.mark.parametrize(("name", "choices"), [("cfg", scores.cfg_choices(4.0)), ("slg", scores.slg_choices(4.0, 6) + scores.slg_choices(1.0, 6))])
 def test_the_tables_of_guidances_are_whole_and_of_these_weights(name: str, choices: list[scores.Guidance]) -> None:
     made, rows = scores.read_table(FOLDER / f"{name}.jsonl")
     assert made["transformer"] == scores.fingerprint(tiny().mmdit)
