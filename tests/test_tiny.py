@@ -135,3 +135,6 @@ def test_the_tables_of_guidances_are_whole_and_of_these_weights(name: str, choic
     made, rows = scores.read_table(FOLDER / f"{name}.jsonl")
     assert made["transformer"] == scores.fingerprint(tiny().mmdit)
     assert list(rows) == choices
+    for cfg in {one.cfg for one in rows} if name == "slg" else {None}:  # the card's tables are these
+        table = scores.table_markdown({one: drawn for one, drawn in rows.items() if cfg in (None, one.cfg)})
+        assert table in (FOLDER / "guidance.md").read_text()
