@@ -437,7 +437,7 @@ CONTROL = [
     (1, FEEDS.format("i * residuals // blocks + 1"), "count residuals from 1"),
     (1, FEEDS.format("i * residuals / blocks"), "round down"),
     (1, FEEDS.format("i // 2"), "not for 24 blocks"),
-    (1, FEEDS.format("i"), "yours [0, 1, 2"),
+    (1, FEEDS.format("i"), "block 1 takes residual 0, and yours 1"),
     (1, FEEDS.format("None"), "not written yet"),
     (2, F1.format("near", "2 * p * r / (p + r)"), "right"),
     (2, F1.format("near", "2 / (1 / p + 1 / r)"), "right"),

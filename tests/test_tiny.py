@@ -53,21 +53,21 @@ def test_nearly_all_prompts_are_recognised_in_their_colours_and_related() -> Non
     assert accuracy().relation.share >= 0.75  # of 8
 
 
-def eight(**settings: Any) -> CaptionAccuracy:
-    """What is right in eight of the fixed prompts, drawn with these settings."""
-    asked = scenes.PROMPTS[::4]
-    pictures = tiny().generate([scene.caption() for scene in asked], seed=range(8), progress=False, **settings)
+def sixteen(**settings: Any) -> CaptionAccuracy:
+    """What is right in sixteen of the fixed prompts, drawn with these settings."""
+    asked = scenes.PROMPTS[::2]
+    pictures = tiny().generate([scene.caption() for scene in asked], seed=range(16), progress=False, **settings)
     return caption_accuracy(torch.cat([from_pil(picture, picture.size[::-1]) for picture in pictures]), asked)
 
 
 @pytest.mark.parametrize("size", [(96, 192), (192, 96), (160, 160)])
 def test_other_sizes_are_drawn_too(size: tuple[int, int]) -> None:
-    accuracy = eight(size=size)
-    assert accuracy.recognised.share >= 0.75 and accuracy.background.share >= 0.85
+    accuracy = sixteen(size=size)
+    assert accuracy.thing.share >= 0.75 and accuracy.background.share >= 0.9
 
 
 def test_four_steps_are_recognisable() -> None:
-    assert eight(steps=4, sampler="euler", shift=3.0).thing.share >= 0.75
+    assert sixteen(steps=4, sampler="euler", shift=3.0).thing.share >= 0.6
 
 
 def test_the_readme_shows_what_the_weights_draw() -> None:
