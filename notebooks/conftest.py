@@ -1,19 +1,25 @@
-"""For pytest --nbval: at the end, the run time of each notebook and the most memory that its kernel had."""
+"""For pytest --nbval: kernels that see no GPU, and at the end the run time of each notebook and the most memory that its kernel had."""
 
+import os
 from collections import defaultdict
 from typing import Any
 
 import pytest
-from run import peak_memory
+import run
 
 seconds: dict[str, float] = defaultdict(float)
 memory: dict[str, float] = {}
 
 
+@pytest.hookimpl(tryfirst=True)  # before nbval starts the kernel
+def pytest_runtest_setup(item: Any) -> None:
+    os.environ |= run.CPU
+
+
 def pytest_runtest_teardown(item: Any, nextitem: Any) -> None:
     last = nextitem is None or nextitem.parent is not item.parent
     if last and item.parent.kernel is not None and item.parent.kernel.is_alive():
-        memory[item.location[0]] = peak_memory(item.parent.kernel.kc)
+        memory[item.location[0]] = run.peak_memory(item.parent.kernel.kc)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -1,4 +1,4 @@
-"""Run notebooks afresh and keep their text and PNG pictures, the same bytes every time: `python notebooks/run.py [--check] NOTEBOOK...`
+"""Run notebooks afresh and keep their text and PNG pictures, the same bytes every time: `python notebooks/run.py [--check | --gpu] NOTEBOOK...`
 
 Outputs are committed, and made by this program only. --check writes nothing: it runs the notebooks and names the cells whose outputs are
 no longer what the file holds (cells tagged nbval-ignore-output, which show times, aside). PNGs are compared too, which nbval does not do.
@@ -8,6 +8,7 @@ It talks to the kernel itself: nbclient can wait for ever on cells that show wid
 """
 
 import argparse
+import os
 import queue
 import subprocess
 import sys
@@ -25,6 +26,7 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
+CPU = {"CUDA_VISIBLE_DEVICES": ""}  # the environment of kernels that see no GPU: committed outputs are a CPU's
 # of the kernel's process; macOS counts it in bytes, Linux in KiB
 PEAK = "__import__('resource').getrusage(0).ru_maxrss / (2**20 if __import__('sys').platform == 'darwin' else 2**10)"
 
@@ -80,9 +82,11 @@ def peak_memory(client: BlockingKernelClient) -> float:
     return float(reply["content"]["user_expressions"]["peak"]["data"]["text/plain"])
 
 
-def run(notebook: Any, folder: Path, seconds: float) -> float:
+def run(notebook: Any, folder: Path, seconds: float, environment: dict[str, str]) -> float:
     """Fill in the outputs, in a new kernel that works in `folder`; returns its peak memory in MiB."""
-    manager, client = start_new_kernel(kernel_name="python3", cwd=str(folder), stderr=subprocess.DEVNULL)
+    manager, client = start_new_kernel(
+        kernel_name="python3", cwd=str(folder), stderr=subprocess.DEVNULL, env=os.environ | environment
+    )
     try:
         code = [cell for cell in notebook.cells if cell.cell_type == "code"]
         for count, cell in enumerate(code, start=1):
@@ -117,7 +121,9 @@ def differences(before: Any, after: Any) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="+", type=Path)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if an output would change")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--check", action="store_true", help="write nothing; fail if an output would change")
+    only.add_argument("--gpu", action="store_true", help="write nothing; run on the GPU that there is, and fail if a cell does")
     parser.add_argument("--timeout", type=float, default=120, help="seconds a cell may take")
     arguments = parser.parse_args()
     failed = False
@@ -126,7 +132,7 @@ def main() -> int:
         before, start = nbformat.read(path, as_version=4), time.monotonic()
         strip(notebook)
         try:
-            peak = run(notebook, path.resolve().parent, arguments.timeout)
+            peak = run(notebook, path.resolve().parent, arguments.timeout, {} if arguments.gpu else CPU)
         except CellFailed as error:
             print(f"{path}: {error}", file=sys.stderr)
             failed = True
@@ -136,7 +142,7 @@ def main() -> int:
             changed = differences(before, notebook)
             print(*(f"{path}: {line}" for line in changed), sep="\n", end="\n" if changed else "", file=sys.stderr)
             failed = failed or bool(changed)
-        else:
+        elif not arguments.gpu:
             nbformat.write(notebook, path)
     return int(failed)
 

@@ -505,6 +505,21 @@ def test_the_runner_writes_the_same_bytes_twice_and_notices_changes(tmp_path: Pa
     assert "cell [2] shows something else" in changed.stderr
 
 
+def test_kernels_see_no_gpu_unless_asked_to(tmp_path: Path) -> None:
+    page = write(tmp_path / "page.ipynb", "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES', 'all'))")
+    assert run(page).returncode == 0
+    assert nbformat.read(page, as_version=4).cells[0].outputs[0].text == "\n"
+    before = page.read_bytes()
+    assert run("--gpu", page).returncode == 0
+    assert page.read_bytes() == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here to run the notebooks on")
+def test_it_runs_on_a_gpu(path: Path) -> None:
+    result = run("--gpu", path)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [
