@@ -41,7 +41,7 @@ examples:
   python -m minisd3 evaluate --out grid.png       the shipped model: 32 held-out prompts, 64 held-out scenes
   python -m minisd3 evaluate --captions 500 --json scores.json
   python -m minisd3 evaluate --captions 500 --without t5
-  python -m minisd3 evaluate --captions 500 --steps 4 --size 96 192
+  python -m minisd3 evaluate --captions 500 --steps 4 --sampler euler --shift 3 --size 96 192
   python -m minisd3 evaluate --captions 128 --cfg-table cfg.jsonl                     how far should the prompt be followed, and when?
   python -m minisd3 evaluate --captions 100 --slg-table slg.jsonl --slg-scale 1.5     which blocks are best left out?
 What each number means is said in minisd3.evaluate (CaptionAccuracy). Ctrl-C ends with those of what was drawn; tables go on later.

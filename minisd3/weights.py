@@ -161,14 +161,15 @@ def load_controlnet(
 ) -> ControlNet:
     """A ControlNet, as load_mmdit loads the transformer. head_dim leaves no trace (64 in every released one).
 
-    control_type: 0 blur, 1 canny, 2 depth; only needed where neither the file says so, as in diffusers' layout, nor the path has one of
-        these names in it, as the released ids on the hub have.
+    control_type: 0 blur, 1 canny, 2 depth; only needed where neither the file says so, as in diffusers' layout, nor its name or a
+        folder near it has one of these words in it, as the released ids on the hub have.
     """
     file, part = _find(Path(path), ControlNet)
     used = {name: source for name, source in part.sources.items() if not name.startswith("context_embedder.")}  # read by nothing
     if control_type is None and not used.keys() & {"control_type", "pos_embed.proj.weight"}:  # form 2b has no control_type
-        named = [number for number, kind in enumerate(KINDS[:3]) if kind in str(file).lower()]
-        control_type = _noted(file, part).get("control_type", named[0] if len(named) == 1 else None)
+        near = reversed(file.parts[-4:])  # the file first; three folders above it the hub's cache has the id
+        named = (number for place in near for number, kind in enumerate(KINDS[:3]) if kind in place.lower())
+        control_type = _noted(file, part).get("control_type", next(named, None))
         if control_type is None:
             choices = ", ".join(f"{number} ({name})" for number, name in enumerate(KINDS[:3]))
             raise WeightsError(f"{file} does not say which hints its ControlNet takes; have blur, canny or depth in its folder's name, "

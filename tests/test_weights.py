@@ -262,7 +262,7 @@ def test_a_diffusers_controlnet_asks_for_its_kind_of_hint(tmp_path: Path, contro
     with pytest.raises(WeightsError, match=r"pass load_controlnet control_type: 0 \(blur\), 1 \(canny\), 2 \(depth\)"):
         weights.load_controlnet(tmp_path)
     assert same(weights.load_controlnet(tmp_path, control_type=2), controlnet)
-    named = tmp_path / "models--someone--a-Depth-controlnet" / "snapshots"  # as the hub's cache names it
+    named = tmp_path / "canny" / "models--someone--a-Depth-controlnet" / "snapshots" / "0123"  # as the hub's cache names it
     named.mkdir(parents=True)
     for file in tmp_path.glob("*.*"):
         file.rename(named / file.name)
