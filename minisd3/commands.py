@@ -231,7 +231,7 @@ def train(args: Namespace) -> None:
         except KeyboardInterrupt as stop:
             stopped = stop
             break
-    if (args.folder / "mmdit").is_dir():
+    if family.has("mmdit"):
         print(family.assemble())
     if stopped:
         raise stopped
@@ -239,7 +239,7 @@ def train(args: Namespace) -> None:
 
 def _draw(family: Family, step: int) -> None:
     """What the transformer's run has reached at its last checkpoint: the first held-out prompts, with the same noise each time."""
-    if not (family.folder / "mmdit" / "checkpoint.safetensors").exists():
+    if not family.has("mmdit"):
         return
     text, vae, preset = family.text(), family.vae(), PRESETS["tiny"]
     cond, empty = text.encode([scene.caption() for scene in scenes.PROMPTS[:8]]), text.encode([""])

@@ -1,6 +1,6 @@
 """The tiny family in training: a folder with a run for each part, the data they learn from, and the model made of them.
 
-A part that the folder has no run of is the package's, so that each can be trained by itself.
+A part that the folder has no checkpoint of is the package's, so that each can be trained by itself.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ from minisd3.weights import load_mmdit, load_vae, save_released
 CONTROLNETS = ("canny", "blur", "depth")
 STEPS = {
     "vae": 1750, "vae_4": 1750, "vae_8": 1750, "clip_l": 245, "clip_g": 220, "t5": 400, "mmdit": 2500,
-    "controlnet_canny": 400, "controlnet_blur": 350, "controlnet_depth": 350, "detector": 500,
+    "controlnet_canny": 600, "controlnet_blur": 600, "controlnet_depth": 600, "detector": 500,
 }  # in the order of training  # fmt: skip
 PRESET = PRESETS["tiny"]
 SHIPPED = MODELS / "tiny"
@@ -114,20 +114,24 @@ class Family:
         self.prepare(name)
         return recipes.prepared(self.folder / name)
 
+    def has(self, part: str) -> bool:
+        """Whether the folder has weights of this part; a run that was killed before its first checkpoint has none."""
+        return (self.folder / part / "checkpoint.safetensors").is_file()
+
     def vae(self) -> VAE:
-        if not (self.folder / "vae").is_dir():
+        if not self.has("vae"):
             return load_vae(SHIPPED / "sd3_tiny.safetensors", device=self.device, dtype=torch.float32).eval()
         return self._with(VAE(PRESET.vae), "vae").eval()
 
     def mmdit(self) -> MMDiT:
-        if not (self.folder / "mmdit").is_dir():
+        if not self.has("mmdit"):
             return load_mmdit(SHIPPED / "sd3_tiny.safetensors", device=self.device, dtype=torch.float32)
         return self._with(MMDiT(PRESET.mmdit), "mmdit", "mmdit.")
 
     def text(self) -> TextEncoders:
         encoders = TextEncoders.load(SHIPPED / "text_encoders", PRESET.text, device=self.device, dtype=torch.float32)
         for name, tower in encoders.named_children():
-            if (self.folder / name).is_dir():
+            if self.has(name):
                 self._with(tower, name, "tower." if name == "t5" else "text.")
         return encoders
 
@@ -143,18 +147,18 @@ class Family:
         save_released(model / "sd3_tiny.safetensors", self.mmdit(), self.vae(), dtype=torch.float16)
         self.text().save(model / "text_encoders", dtype=torch.float16)
         for kind in CONTROLNETS:
-            if (self.folder / f"controlnet_{kind}").is_dir():
+            if self.has(f"controlnet_{kind}"):
                 net = self._with(ControlNet.from_base(self.mmdit(), controlnet_config(), kind), f"controlnet_{kind}", "net.")
                 save_released(model / f"controlnet_{kind}.safetensors", net, dtype=torch.float16)
         for channels in (4, 8):
-            if (self.folder / f"vae_{channels}").is_dir():
+            if self.has(f"vae_{channels}"):
                 vae = self._with(VAE(replace(PRESET.vae, latent_channels=channels)), f"vae_{channels}")
                 save_released(model / f"vae_{channels}.safetensors", vae, dtype=torch.float16)
         for tower in ("l", "g"):
-            if (self.folder / f"clip_{tower}").is_dir():
+            if self.has(f"clip_{tower}"):
                 image = self._with(ImageTower(getattr(PRESET.text, f"clip_{tower}").width), f"clip_{tower}", "image.")
                 _write_half(model / "text_encoders" / f"image_{tower}.safetensors", image)
-        if (self.folder / "detector").is_dir():
+        if self.has("detector"):
             _write_half(model / "detector.safetensors", self._with(Detector(), "detector"))
         return model / "sd3_tiny.safetensors"
 

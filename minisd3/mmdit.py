@@ -140,7 +140,7 @@ class AttentionInput(nn.Module):
         self.ln_q, self.ln_k = (norm(qk_norm, width // heads, affine=True) if qk_norm else nn.Identity() for _ in range(2))
 
     def project(self, x: Tensor) -> QKV:
-        q, k, v = rearrange(self.qkv(x), "b l (three n d) -> three b l n d", three=3, n=self.heads).unbind()
+        q, k, v = rearrange(self.qkv(x), "b l (three n d) -> b l three n d", three=3, n=self.heads).unbind(2)
         return QKV(self.ln_q(q), self.ln_k(k), v)
 
 
@@ -180,7 +180,7 @@ class ScaleModulation(Modulation):
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (B L D) stretched and moved, every token alike: shift and scale (B 1 D)."""
-    return x * (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 # --- blocks -----------------------------------------------------------------------------------------------------------------------
@@ -225,10 +225,10 @@ class Block(BlockInput):
         return self.feed_forward(self.add_attention(x, attended, m), m)
 
     def add_attention(self, x: Tensor, attended: Tensor, m: tuple[Tensor, ...]) -> Tensor:
-        return x + m[2] * self.attn.proj(attended)
+        return torch.addcmul(x, m[2], self.attn.proj(attended))
 
     def feed_forward(self, x: Tensor, m: tuple[Tensor, ...]) -> Tensor:
-        return x + m[5] * self.mlp(modulate(self.norm2(x), m[3], m[4]))
+        return torch.addcmul(x, m[5], self.mlp(modulate(self.norm2(x), m[3], m[4])))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         m = self.modulation(c)
@@ -278,9 +278,8 @@ class JointBlock(nn.Module):
         """context (B L' D), x (B L D), c (B D) -> both streams, changed."""
         m_context, m_x = self.context_block.modulation(c), self.x_block.modulation(c)
         attended = attention(*self.join(context, x, m_context, m_x))  # (B L'+L D)
-        length = context.shape[1]
-        x = self.x_block.post_attention(x, attended[:, length:], m_x)
-        return self.context_block.post_attention(context, attended[:, :length], m_context), x
+        text, picture = attended.split([context.shape[1], x.shape[1]], dim=1)
+        return self.context_block.post_attention(context, text, m_context), self.x_block.post_attention(x, picture, m_x)
 
     def join(self, context: Tensor, x: Tensor, m_context: tuple[Tensor, ...], m_x: tuple[Tensor, ...]) -> QKV:
         """Both streams' queries, keys and values (B L'+L N d), the text's first. What they were joined from ends here, to save memory."""

@@ -45,7 +45,7 @@ class Progress:
 class Optimizer:
     """Muon for the weight matrices inside the network, AdamW for everything else (Jordan et al. 2024).
 
-    A convolution (O I k k) is seen by Muon as the matrix (O, I k k) that it is. Both take learning rates of AdamW's size.
+    A convolution (O I k k) is seen by Muon as the matrix (O, I k k) that it is, its columns in the order of memory. Both take learning rates of AdamW's size.
     Muon's Newton-Schulz steps need whole matrices; of one in shards, torch's matrix products gather what they need, one after another.
     """
 
@@ -54,7 +54,7 @@ class Optimizer:
         self.hidden = [p for n, p in trained if self.is_hidden(n, p)]
         ids = {id(p) for p in self.hidden}
         rest = [p for _, p in trained if id(p) not in ids]
-        self.matrices = [nn.Parameter(p.detach().flatten(1)) for p in self.hidden]  # share the parameters' storage
+        self.matrices = [nn.Parameter(_as_matrix(p.detach(), p)) for p in self.hidden]  # share the parameters' storage
         self.lr = lr
         self.parts: list[torch.optim.Optimizer] = [AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)]
         if self.matrices:
@@ -67,7 +67,7 @@ class Optimizer:
     def step(self, factor: float) -> None:
         """One step at lr * factor, then no gradients."""
         for matrix, p in zip(self.matrices, self.hidden, strict=True):
-            matrix.grad = None if p.grad is None else p.grad.flatten(1)
+            matrix.grad = None if p.grad is None else _as_matrix(p.grad, p)
             p.grad = None
         for part in self.parts:
             for group in part.param_groups:
@@ -95,6 +95,11 @@ class Optimizer:
                     own = trained[int(index)]
                     state.setdefault(int(index), {})[name] = distributed.like(value, own) if value.shape == own.shape else value
             part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
+
+
+def _as_matrix(x: Tensor, weight: Tensor) -> Tensor:
+    """x, a weight (O I k k) or its gradient, as a view (O, I k k); if the weight lies in memory with its channels last, as (O, k k I)."""
+    return x.flatten(1) if weight.is_contiguous() else x.movedim(1, -1).flatten(1)
 
 
 class OnlyAdamW(Optimizer):

@@ -60,3 +60,26 @@ def test_ratios_are_of_neighbouring_rounds(run: ModuleType) -> None:
 def test_what_is_measured_cannot_be_kept_when_quick(run: ModuleType) -> None:
     with pytest.raises(SystemExit):
         run.main(["--quick", "--write"])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # in torch.compile
+def test_every_setting_of_training_makes_the_same_step(run: ModuleType) -> None:
+    """A small network in the place of the real ones; in bf16 it is nearly the same."""
+    settings = importlib.import_module("benchmarks.training").settings
+    made: list[torch.nn.Conv2d] = []
+    image = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def network() -> tuple[torch.nn.Module, object]:
+        made.append(torch.nn.Conv2d(4, 4, 3))
+        return made[-1], lambda model: model(image).float().square().mean()
+
+    names = []
+    for name, step in settings(network):
+        names.append(name)
+        before = made[-1].weight.detach().clone()
+        step()
+        assert (made[-1].weight != before).any(), name
+    assert names == ["eager, fp32", "bf16", "compiled", "channels last"]
+    eager, *others = (one.weight for one in made)
+    for name, weight in zip(names[1:], others, strict=True):
+        torch.testing.assert_close(weight, eager, atol=1e-3 if name == "bf16" else 1e-5, rtol=0, msg=name)

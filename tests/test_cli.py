@@ -252,6 +252,15 @@ def test_data_is_prepared_in_shares(packaged: Path) -> None:
     assert main([*words, "--share", "3", "2"]) == 2
 
 
+def test_a_run_killed_before_its_first_checkpoint_is_passed_over(packaged: Path) -> None:
+    made = family.Family(packaged / "run", torch.device("cpu"))
+    for part in ("vae", "mmdit", "clip_l", "t5", "detector"):
+        (made.folder / part).mkdir(parents=True)
+    weights, shipped = made.mmdit().state_dict(), family.load_mmdit(family.SHIPPED / "sd3_tiny.safetensors").state_dict()
+    assert all((weights[name] == x.float()).all() for name, x in shipped.items())
+    made.text(), made.vae()
+
+
 def test_training_stops_when_its_minutes_are_over(packaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", "t5", "--folder", str(packaged / "run"), "--batch", "4", "--steps", "3", "--minutes", "1e-9"]
     assert [main(words), main(words), main(words)] == [130, 130, 0]

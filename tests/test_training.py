@@ -194,6 +194,22 @@ def test_muon_takes_the_hidden_matrices_and_adamw_the_rest() -> None:
     assert names == {n for n, p in mmdit.named_parameters() if n.endswith(".weight") and ("attn" in n or "mlp.fc" in n)}
 
 
+def test_convolutions_learn_the_same_with_their_channels_last_in_memory() -> None:
+    """Muon then works on the same matrices with their columns in another order."""
+    learnt = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.Conv2d(5, 6, 2)).to(memory_format=memory_format)  # type: ignore[call-overload]
+        before = [p.detach().clone() for p in net.parameters()]
+        optimizer = Optimizer(net, 0.01)
+        for _ in range(3):
+            net(torch.ones(1, 3, 8, 8)).square().sum().backward()
+            optimizer.step(1.0)
+        assert all((p != old).any() for p, old in zip(net.parameters(), before, strict=True))
+        learnt.append(net[0].weight)
+    torch.testing.assert_close(*learnt, atol=1e-4, rtol=0)
+
+
 def test_learning_rate_rises_stays_and_falls() -> None:
     factors = [trapezoid(step, 1000) for step in range(1000)]
     assert factors[0] == 0.01
