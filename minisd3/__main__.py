@@ -182,6 +182,7 @@ def _add_train(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "--sample-every", type=int, default=500, metavar="N", help="of mmdit, draw after N steps; 0: never (default: 500)"
     )
+    one.add_argument("--tensorboard", action="store_true", help="write the losses for TensorBoard, too")
     own = one.add_argument_group("training mmdit on pictures of your own")
     own.add_argument(
         "--data", type=Path, action="append", metavar="PATH", help="a folder of pictures and captions, or a tar; or several"
@@ -194,11 +195,10 @@ def _add_train(one: argparse.ArgumentParser) -> None:
     own.add_argument("--lora", type=int, metavar="RANK", help="train a LoRA of this rank in place of the weights")
     own.add_argument("--size", type=int, metavar="SIDE", help="to which pictures are resized and cropped (default: the preset's)")
     own.add_argument("--buckets", action="store_true", help="crop to other proportions of the same area, too")
-    own.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches a step (default: 1)")
+    own.add_argument("--accumulate", type=int, metavar="N", help="batches a step (default: 1)")
     own.add_argument("--checkpointing", action="store_true", help="compute activations twice rather than keep them")
-    own.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="under torchrun: whole models, or one in shards")
-    own.add_argument("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints (default: 500)")
-    own.add_argument("--tensorboard", action="store_true", help="write the losses for TensorBoard, too")
+    own.add_argument("--parallel", choices=("ddp", "fsdp"), help="under torchrun: whole models (ddp, the default), or one in shards")
+    own.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints (default: 500)")
 
 
 def _add_prepare(one: argparse.ArgumentParser) -> None:

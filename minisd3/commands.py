@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -210,12 +211,22 @@ def inspect(args: Namespace) -> None:
 # --- train ------------------------------------------------------------------------------------------------------------------------
 
 
+OWN = (
+    "preset", "init", "fresh", "text_encoders", "without", "lora", "size", "buckets", "accumulate", "checkpointing", "parallel", "save_every",
+)  # what --data can be told  # fmt: skip
+
+
 def train(args: Namespace) -> None:
     """Train parts of the tiny family, each from where its run stands, and make a model of what there is."""
+    for name in ("steps", "batch", "lr", "minutes"):
+        value = getattr(args, name)
+        require(value is None or value > 0, f"--{name} is {value}; it must be more than 0")
     ends = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
     if args.data:
         finetune.train(args, ends)
         return
+    without_data = [f"--{name.replace('_', '-')}" for name in OWN if getattr(args, name)]
+    require(not without_data, f"{', '.join(without_data)} is for training on pictures of your own; name them with --data")
     require(not torch.distributed.is_torchelastic_launched(), "torchrun is for --data; the small family trains in one process")
     family = Family(args.folder, torch.device(args.device or best_device()), args.seed, args.scenes)
     stopped = None
@@ -223,9 +234,15 @@ def train(args: Namespace) -> None:
     for part in parts:
         steps = args.steps or STEPS[part]
         options = {name: getattr(args, name) for name in ("batch", "lr") if getattr(args, name)}
+        trainer = family.trainer(part)
+        batch = args.batch or signature(trainer).parameters["batch"].default
+        run = trainer(steps=steps, **options)
         try:
-            with contextlib.closing(finetune.watched(family.trainer(part)(steps=steps, **options), part, steps, ends=ends)) as run:
-                for progress in run:
+            with contextlib.closing(
+                finetune.watched(run, args.folder / part, steps, batch=batch, ends=ends, board=args.tensorboard)
+            ) as bar:
+                del run  # the bar has it, and ends it when it ends
+                for progress in bar:
                     if part == "mmdit" and args.sample_every and progress.step % args.sample_every == 0:
                         _draw(family, progress.step)
         except KeyboardInterrupt as stop:

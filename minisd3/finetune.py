@@ -40,21 +40,19 @@ def train(args: Namespace, ends: float) -> None:
     """Prepare the data, train from where the run stands until `ends`, and write what generate takes: a model, or a LoRA file."""
     _check(args)
     path, preset = source(args.init, args.preset)
-    options: dict[str, Any] = {"steps": args.steps or 1000, "batch": args.batch or 8, "accumulate": args.accumulate}
+    options: dict[str, Any] = {"steps": args.steps or 1000, "batch": args.batch or 8, "accumulate": args.accumulate or 1}
     with distributed.joined(torch.device(args.device) if args.device else best_device()) as device:
         distributed.share(torch.empty(options["batch"]))  # raises now, rather than when all is prepared, if it cannot be shared
         prepared = data.Prepared(_prepare(args, path, preset, device))
         vae = load_vae(path, device=device, dtype=torch.float32)
-        mmdit = SPREAD[args.parallel](_transformer(args, path, preset.mmdit, device))
+        mmdit = SPREAD[args.parallel or "ddp"](_transformer(args, path, preset.mmdit, device))
         run = args.folder / ("lora" if args.lora else "mmdit")
         lr = args.lr or (1e-4 if args.lora else 1e-5)
         steps = data.train_on(
-            prepared, mmdit, run, lr=lr, shift=preset.shift, seed=args.seed, save_every=args.save_every, **options
+            prepared, mmdit, run, lr=lr, shift=preset.shift, seed=args.seed, save_every=args.save_every or 500, **options
         )
-        if args.tensorboard and distributed.is_first():
-            steps = tensorboard(steps, run)
-        total, batch = options["steps"], options["batch"] * args.accumulate
-        with contextlib.closing(watched(steps, run.name, total, batch=batch, ends=ends)) as bar:
+        total, batch = options["steps"], options["batch"] * options["accumulate"]
+        with contextlib.closing(watched(steps, run, total, batch=batch, ends=ends, board=args.tensorboard)) as bar:
             del steps  # the bar has it, and ends it when it ends
             for progress in bar:
                 if args.sample_every and progress.step % args.sample_every == 0:
@@ -69,7 +67,7 @@ def train(args: Namespace, ends: float) -> None:
 def _check(args: Namespace) -> None:
     """Raise ValueError for what makes no sense, before anything is loaded."""
     require(args.part == "mmdit", "--data is for the transformer: python -m minisd3 train mmdit --data FOLDER")
-    for name in ("lora", "steps", "batch", "accumulate", "save_every"):
+    for name in ("lora", "accumulate", "save_every"):
         value = getattr(args, name)
         require(value is None or value >= 1, f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     require(not (args.fresh and args.lora), "--fresh has no use for --lora, which changes a trained model")
@@ -147,20 +145,22 @@ def _result(args: Namespace, config: MMDiTConfig, vae: VAE, run: Path) -> Path:
 
 
 def watched(
-    steps: Iterator[Progress], name: str, total: int, *, batch: int = 0, ends: float = math.inf
+    steps: Iterator[Progress], run: Path, total: int, *, batch: int, ends: float = math.inf, board: bool = False
 ) -> Generator[Progress, None, None]:
-    """The same steps, with a bar of loss, speed (of `batch` pictures a step) and the time left; none begins after `ends` (time.monotonic).
+    """The same steps, with a bar of loss, speed (of `batch` examples a step) and the time left; none begins after `ends` (time.monotonic).
 
-    Raises KeyboardInterrupt if they end early.
+    board: write the losses to the run's folder for TensorBoard, too. Raises KeyboardInterrupt if they end early.
     """
+    if board and distributed.is_first():
+        steps = tensorboard(steps, run)
     done = total  # if nothing is left to do
-    with tqdm(total=total, desc=name, unit="step", disable=not distributed.is_first()) as bar:
+    with tqdm(total=total, desc=run.name, unit="step", disable=not distributed.is_first()) as bar:
         for progress in steps:
             if done == total:
                 bar.initial = bar.n = progress.step - 1
             done = progress.step
-            speed = {"pictures": f"{batch * (done - bar.initial) / progress.seconds:.3g}/s"} if batch else {}
-            bar.set_postfix({"loss": f"{progress.loss:.4f}"} | speed, refresh=False)
+            speed = batch * (done - bar.initial) / progress.seconds
+            bar.set_postfix({"loss": f"{progress.loss:.4f}", "examples": f"{speed:.3g}/s"}, refresh=False)
             bar.update(done - bar.n)
             yield progress
             if distributed.anywhere(time.monotonic() > ends):

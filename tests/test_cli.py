@@ -139,6 +139,9 @@ def test_from_a_picture_with_a_mask_and_a_hint(draw: Any, random_model: Path) ->
         (["generate", "x", "--image", "nothing.png"], "nothing.png"),
         (["generate", "--from", "plain.png"], "plain.png holds no settings of minisd3"),
         (["inspect", "missing.safetensors"], "missing.safetensors does not exist"),
+        (["train", "t5", "--steps", "0"], "--steps is 0; it must be more than 0"),
+        (["train", "t5", "--lr", "-1"], "--lr is -1.0; it must be more than 0"),
+        (["train", "mmdit", "--lora", "4", "--parallel", "fsdp"], "--lora, --parallel is for training on pictures of your own"),
         (["evaluate", "--prompts", "33"], "--prompts is 33; there are 1 to 32"),
         (["evaluate", "--captions", "0"], "--captions is 0; it must be at least 1"),
         (["evaluate", "--json", "plain.png"], "plain.png exists; choose another --json, or overwrite with --force"),
@@ -263,8 +266,10 @@ def test_a_run_killed_before_its_first_checkpoint_is_passed_over(packaged: Path)
 
 def test_training_stops_when_its_minutes_are_over(packaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", "t5", "--folder", str(packaged / "run"), "--batch", "4", "--steps", "3", "--minutes", "1e-9"]
-    assert [main(words), main(words), main(words)] == [130, 130, 0]
-    assert "stopped at step 2 of 3" in capsys.readouterr().err
+    assert [main(words), main(words), main([*words, "--tensorboard"])] == [130, 130, 0]
+    err = capsys.readouterr().err
+    assert "stopped at step 2 of 3" in err and "examples=" in err
+    assert list((packaged / "run" / "t5").glob("events.*"))
 
 
 def test_training_goes_on_where_it_stopped(

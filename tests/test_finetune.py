@@ -61,7 +61,7 @@ def test_a_model_goes_on_learning(
     assert main([*words, "--preset", "tiny", "--sample-every", "1", "--buckets"]) == 0
     out, err = capsys.readouterr()
     assert out.split() == [str(run / "model.safetensors")]
-    assert "mmdit: 100%" in err and "pictures=" in err
+    assert "mmdit: 100%" in err and "examples=" in err
     assert weights.detect(run / "model.safetensors")[0].presets == ("tiny",)
     before, after = (
         weights.load_mmdit(path, dtype=torch.float32) for path in (random_model / "sd3_tiny.safetensors", run / "model.safetensors")
