@@ -180,7 +180,7 @@ class ScaleModulation(Modulation):
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (B L D) stretched and moved, every token alike: shift and scale (B 1 D)."""
-    return torch.addcmul(shift, x, 1 + scale)
+    return x * (1 + scale) + shift
 
 
 # --- blocks -----------------------------------------------------------------------------------------------------------------------
@@ -225,10 +225,10 @@ class Block(BlockInput):
         return self.feed_forward(self.add_attention(x, attended, m), m)
 
     def add_attention(self, x: Tensor, attended: Tensor, m: tuple[Tensor, ...]) -> Tensor:
-        return torch.addcmul(x, m[2], self.attn.proj(attended))
+        return x + m[2] * self.attn.proj(attended)
 
     def feed_forward(self, x: Tensor, m: tuple[Tensor, ...]) -> Tensor:
-        return torch.addcmul(x, m[5], self.mlp(modulate(self.norm2(x), m[3], m[4])))
+        return x + m[5] * self.mlp(modulate(self.norm2(x), m[3], m[4]))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         m = self.modulation(c)
