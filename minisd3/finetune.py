@@ -157,7 +157,7 @@ def watched(
     with tqdm(total=total, desc=run.name, unit="step", disable=not distributed.is_first()) as bar:
         for progress in steps:
             if done == total:
-                bar.initial = bar.n = progress.step - 1
+                bar.initial = bar.n = bar.last_print_n = progress.step - 1
             done = progress.step
             speed = batch * (done - bar.initial) / progress.seconds
             bar.set_postfix({"loss": f"{progress.loss:.4f}", "examples": f"{speed:.3g}/s"}, refresh=False)
