@@ -28,7 +28,7 @@ from minisd3.weights import load_mmdit, load_vae, save_released
 
 CONTROLNETS = ("canny", "blur", "depth")
 STEPS = {
-    "vae": 1750, "vae_4": 1750, "vae_8": 1750, "clip_l": 245, "clip_g": 220, "t5": 400, "mmdit": 3000,
+    "vae": 1750, "vae_4": 1750, "vae_8": 1750, "clip_l": 245, "clip_g": 220, "t5": 400, "mmdit": 6000,
     "controlnet_canny": 600, "controlnet_blur": 600, "controlnet_depth": 600, "detector": 500,
 }  # in the order of training  # fmt: skip
 PRESET = PRESETS["tiny"]
