@@ -226,7 +226,7 @@ def train(args: Namespace) -> None:
         finetune.train(args, ends)
         return
     without_data = [f"--{name.replace('_', '-')}" for name in OWN if getattr(args, name)]
-    require(not without_data, f"{', '.join(without_data)} is for training on pictures of your own; name them with --data")
+    require(not without_data, f"{', '.join(without_data)} only makes sense with pictures of your own; name them with --data")
     require(not torch.distributed.is_torchelastic_launched(), "torchrun is for --data; the small family trains in one process")
     family = Family(args.folder, torch.device(args.device or best_device()), args.seed, args.scenes)
     stopped = None
@@ -236,13 +236,10 @@ def train(args: Namespace) -> None:
         options = {name: getattr(args, name) for name in ("batch", "lr") if getattr(args, name)}
         trainer = family.trainer(part)
         batch = args.batch or signature(trainer).parameters["batch"].default
-        run = trainer(steps=steps, **options)
+        watched = partial(finetune.watched, batch=batch, ends=ends, board=args.tensorboard)
         try:
-            with contextlib.closing(
-                finetune.watched(run, args.folder / part, steps, batch=batch, ends=ends, board=args.tensorboard)
-            ) as bar:
-                del run  # the bar has it, and ends it when it ends
-                for progress in bar:
+            with contextlib.closing(watched(trainer(steps=steps, **options), args.folder / part, steps)) as run:
+                for progress in run:
                     if part == "mmdit" and args.sample_every and progress.step % args.sample_every == 0:
                         _draw(family, progress.step)
         except KeyboardInterrupt as stop:

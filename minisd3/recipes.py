@@ -91,7 +91,8 @@ def prepare(
     for chunk in islice(batched(seeds, shard), share[0], None, share[1]):
         path = folder / f"{chunk[0]:09d}.safetensors"
         if not path.exists():
-            parts = [make(part) for part in batched(chunk, 10)]  # with 50 a CPU takes half as long again: memory comes and goes page by page
+            # with 50 at a time a CPU takes half as long again: memory that large comes and goes page by page
+            parts = [make(part) for part in batched(chunk, 10)]
             write(path, {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | {"seeds": torch.tensor(chunk)})
         yield path
 

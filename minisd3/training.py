@@ -45,8 +45,9 @@ class Progress:
 class Optimizer:
     """Muon for the weight matrices inside the network, AdamW for everything else (Jordan et al. 2024).
 
-    A convolution (O I k k) is seen by Muon as the matrix (O, I k k) that it is, its columns in the order of memory. Both take learning rates of AdamW's size.
-    Muon's Newton-Schulz steps need whole matrices; of one in shards, torch's matrix products gather what they need, one after another.
+    A convolution (O I k k) is seen by Muon as the matrix (O, I k k) that it is, its columns in the order of memory. Both take learning
+    rates of AdamW's size. Muon's Newton-Schulz steps need whole matrices; of one in shards, torch's matrix products gather what they
+    need, one after another.
     """
 
     def __init__(self, module: nn.Module, lr: float, *, weight_decay: float = 0.01) -> None:

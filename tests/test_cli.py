@@ -141,7 +141,7 @@ def test_from_a_picture_with_a_mask_and_a_hint(draw: Any, random_model: Path) ->
         (["inspect", "missing.safetensors"], "missing.safetensors does not exist"),
         (["train", "t5", "--steps", "0"], "--steps is 0; it must be more than 0"),
         (["train", "t5", "--lr", "-1"], "--lr is -1.0; it must be more than 0"),
-        (["train", "mmdit", "--lora", "4", "--parallel", "fsdp"], "--lora, --parallel is for training on pictures of your own"),
+        (["train", "mmdit", "--lora", "4", "--parallel", "fsdp"], "--lora, --parallel only makes sense with pictures of your own"),
         (["evaluate", "--prompts", "33"], "--prompts is 33; there are 1 to 32"),
         (["evaluate", "--captions", "0"], "--captions is 0; it must be at least 1"),
         (["evaluate", "--json", "plain.png"], "plain.png exists; choose another --json, or overwrite with --force"),
