@@ -63,7 +63,7 @@ def sixteen(**settings: Any) -> CaptionAccuracy:
 @pytest.mark.parametrize("size", [(96, 192), (192, 96), (160, 160)])
 def test_other_sizes_are_drawn_too(size: tuple[int, int]) -> None:
     accuracy = sixteen(size=size)
-    assert accuracy.thing.share >= 0.75 and accuracy.background.share >= 0.9
+    assert accuracy.recognised.share >= 0.75 and accuracy.background.share >= 0.9
 
 
 def test_four_steps_are_recognisable() -> None:
