@@ -174,7 +174,7 @@ def _add_train(one: argparse.ArgumentParser) -> None:
     parts = ("vae", "vae_4", "vae_8", "clip", "t5", "mmdit", "controlnet", "detector")
     one.add_argument("part", nargs="?", choices=parts, help="what to train (default: all, in this order)")
     _add_family(one)
-    one.add_argument("--steps", type=int, help="(default: the recipe's, family.STEPS; with --data 1000)")
+    one.add_argument("--steps", type=int, help="how many in all (default: the recipe's, family.STEPS; with --data 1000)")
     one.add_argument("--batch", type=int, help="examples a step")
     one.add_argument("--lr", type=float, help="learning rate")
     one.add_argument("--seed", type=int, default=0, help="of the first weights and of every step (default: 0)")

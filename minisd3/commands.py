@@ -231,8 +231,8 @@ def train(args: Namespace) -> None:
     family = Family(args.folder, torch.device(args.device or best_device()), args.seed, args.scenes)
     stopped = None
     parts = [args.part] if args.part in STEPS else [part for part in STEPS if part.startswith(args.part or "")]  # "clip" is both
-    for part in parts:
-        steps = args.steps or STEPS[part]
+    rounds = [(part, steps) for part in parts for steps in ([args.steps] if args.steps else STEPS[part])]
+    for part, steps in rounds:
         options = {name: getattr(args, name) for name in ("batch", "lr") if getattr(args, name)}
         trainer = family.trainer(part)
         batch = args.batch or signature(trainer).parameters["batch"].default

@@ -27,10 +27,10 @@ from minisd3.vae import VAE
 from minisd3.weights import load_mmdit, load_vae, save_released
 
 CONTROLNETS = ("canny", "blur", "depth")
-STEPS = {
-    "vae": 1750, "vae_4": 1750, "vae_8": 1750, "clip_l": 245, "clip_g": 220, "t5": 400, "mmdit": 6000,
-    "controlnet_canny": 600, "controlnet_blur": 600, "controlnet_depth": 600, "detector": 500,
-}  # in the order of training  # fmt: skip
+STEPS: dict[str, tuple[int, ...]] = {
+    "vae": (1750,), "vae_4": (1750,), "vae_8": (1750,), "clip_l": (245,), "clip_g": (220,), "t5": (400,), "mmdit": (3000, 6000),
+    "controlnet_canny": (600,), "controlnet_blur": (600,), "controlnet_depth": (600,), "detector": (500,),
+}  # in the order of training; after each number the learning rate has come down to 0, and goes up again if there is another  # fmt: skip
 PRESET = PRESETS["tiny"]
 SHIPPED = MODELS / "tiny"
 SIDES = (

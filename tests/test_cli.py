@@ -246,6 +246,19 @@ def test_training_all_parts_makes_a_model_that_draws(packaged: Path, capsys: pyt
     assert (kept.shared.weight.half() == average["tower.shared.weight"].half()).all()
 
 
+def test_a_part_is_trained_in_rounds(
+    packaged: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "t5", "--batch", "4", "--folder", str(packaged / "run")]
+    monkeypatch.setitem(family.STEPS, "t5", (1, 3))
+    assert main(words) == 0
+    err = capsys.readouterr().err
+    assert "| 1/1 [" in err and "| 3/3 [" in err
+    assert len((packaged / "run" / "t5" / "log.jsonl").read_text().splitlines()) == 3
+    assert main([*words, "--steps", "4"]) == 0
+    assert "| 1/1 [" not in capsys.readouterr().err, "only the steps that are asked for"
+
+
 def test_data_is_prepared_in_shares(packaged: Path) -> None:
     words = ["prepare", "--folder", str(packaged / "run"), "--scenes", "1003"]
     assert main([*words, "--share", "2", "2"]) == 0
