@@ -146,6 +146,7 @@ def test_the_page_of_guidances_shows_these_tables(monkeypatch: pytest.MonkeyPatc
     monkeypatch.syspath_prepend(ROOT)
     assert importlib.import_module("tools.card").guidance() == (FOLDER / "guidance.md").read_text()
 
+
 def test_the_log_of_training_is_of_the_recipe() -> None:
     log = [json.loads(line) for line in (FOLDER / "training.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == list(range(10, STEPS["mmdit"][-1] + 1, 10))
