@@ -6,10 +6,11 @@
 
 import json
 import sys
-from itertools import count
+from bisect import bisect_left
 from pathlib import Path
 
 from minisd3 import scores
+from minisd3.config import require
 from minisd3.family import SHIPPED, STEPS
 
 GUIDANCE = """\
@@ -51,14 +52,15 @@ def guidance() -> str:
 
 
 def training(log: Path) -> str:
-    """The log thinned: mean and highest loss of ten steps a line, and which round of STEPS they belong to."""
-    lines = map(json.loads, log.read_text().splitlines())
+    """The log thinned: mean and highest loss of ten steps a line, and which round of STEPS they belong to. Raises ValueError if it is not whole."""
+    lines, ends = [json.loads(line) for line in log.read_text().splitlines()], STEPS["mmdit"]
+    require(len(lines) == ends[-1], f"{log} has {len(lines)} steps and the recipe {ends[-1]}; `python -m minisd3 train mmdit` goes on")
     thinned = []
-    for ten in zip(*[lines] * 10, strict=True):
-        last, losses = ten[-1], [line["loss"] for line in ten]
-        number = next(i for i in count(1) if last["step"] <= STEPS["mmdit"][i - 1])
+    for i in range(0, len(lines), 10):
+        last, losses = lines[i + 9], [line["loss"] for line in lines[i : i + 10]]
         thinned.append({
-            "round": number, "step": last["step"], "loss": round(sum(losses) / 10, 4), "highest": round(max(losses), 3), "seconds": round(last["seconds"]),
+            "round": bisect_left(ends, last["step"]) + 1, "step": last["step"], "loss": round(sum(losses) / 10, 4),
+            "highest": round(max(losses), 3), "seconds": round(last["seconds"]),
         })  # fmt: skip
     return "".join(json.dumps(line) + "\n" for line in thinned)
 
